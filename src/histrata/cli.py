@@ -1,0 +1,474 @@
+"""The `histrata` command: one sub-command a stage, no logic.
+
+Modules are imported where they are used, so that `histrata --help` and the light stages start at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from histrata import __version__
+from histrata.errors import HistrataError
+from histrata.folders import SlideFolder
+
+app = typer.Typer(
+    name="histrata",
+    help="Whole-slide images to tables that scanpy opens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+m2ost = typer.Typer(help="Predict spatial expression with M2OST.", no_args_is_help=True)
+survival = typer.Typer(help="Predict survival from the slides of a patient.", no_args_is_help=True)
+app.add_typer(m2ost, name="m2ost")
+app.add_typer(survival, name="survival")
+
+
+def main() -> None:
+    """Run the command; a mistake that the user can mend is one sentence and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("lightning", "lightning.pytorch", "httpx", "huggingface_hub", "timm", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app()
+    except HistrataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"histrata {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[  # noqa: ARG001 (its callback does the work)
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+Threads = Annotated[int, typer.Option(min=1, help="Threads to work with.")]
+Device = Annotated[
+    str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, or cuda:N for one of several GPUs.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+Folder = Annotated[Path, typer.Argument(help="Result folder of the slide, results/slides/<slide_id>.")]
+Folders = Annotated[list[Path], typer.Argument(help="Result folders of the measured slides.")]
+
+
+@app.command()
+def check(
+    sheet: Annotated[Path, typer.Argument(help="The slide sheet (TSV).")],
+    out: Annotated[Path, typer.Option(help="Table to write.")] = Path("results/check.tsv"),
+    threads: Threads = 1,
+) -> None:
+    """Open every slide of the sheet and say which can be used, and why the others cannot.
+
+    Example: histrata check config/slides.tsv --out results/check.tsv
+    """
+    from histrata.files import write_tsv
+    from histrata.sheets import read_slides
+    from histrata.slides.check import check_slides
+    from histrata.spots import preflight
+
+    rows = read_slides(sheet)
+    table = check_slides(rows, lambda row, slide: preflight(row, slide) if row.expression else [], threads)
+    write_tsv(table, out)
+    for verdict in table.itertuples():
+        print(f"{verdict.slide_id}: {verdict.status}{': ' if verdict.reason else ''}{verdict.reason}")
+
+
+@app.command()
+def pyramid(
+    slide: Annotated[Path, typer.Argument(help="Slide file; the folder for DICOM.")],
+    out: Annotated[Path, typer.Argument(help="OME-Zarr folder to write.")],
+    mpp: Annotated[float | None, typer.Option(help="um/px of level 0; default: what the file says.")] = None,
+    tile: Annotated[int, typer.Option(help="Side of a chunk in px, a power of two.")] = 256,
+    block: Annotated[int, typer.Option(help="Side of a shard of level 0 in px, a power of two.")] = 2048,
+    codec: Annotated[str, typer.Option(help="zstd (lossless) or jpeg.")] = "zstd",
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality.")] = 90,
+    threads: Threads = 1,
+) -> None:
+    """Write a slide as a multi-scale OME-Zarr.
+
+    Example: histrata pyramid A.svs results/slides/A/pyramid.ome.zarr --threads 4
+    """
+    from histrata.pyramid import write_pyramid
+
+    write_pyramid(
+        slide, out, mpp=mpp, tile=tile, block=block, codec=codec, quality=quality, threads=threads
+    )
+
+
+@app.command()
+def tissue(
+    folder: Folder,
+    mpp: Annotated[float, typer.Option(help="um/px at which tissue is looked for.")] = 4.0,
+    min_area_um2: Annotated[float, typer.Option(help="Smaller pieces are dropped.")] = 50_000.0,
+    max_hole_um2: Annotated[float, typer.Option(help="Smaller holes are filled.")] = 20_000.0,
+    smooth_um: Annotated[float, typer.Option(help="Gaps up to this width are closed.")] = 40.0,
+) -> None:
+    """Find the tissue of a slide; write tissue.geojson and tissue.png into its folder.
+
+    Example: histrata tissue results/slides/A
+    """
+    from histrata.tissue import write_tissue
+
+    paths = SlideFolder(folder)
+    write_tissue(
+        paths.pyramid,
+        paths.tissue,
+        paths.tissue_picture,
+        mpp=mpp,
+        min_area_um2=min_area_um2,
+        max_hole_um2=max_hole_um2,
+        smooth_um=smooth_um,
+    )
+
+
+@app.command()
+def spots(
+    folder: Folder,
+    slide_id: Annotated[str | None, typer.Option(help="Name of the slide; default: of the folder.")] = None,
+    patient_id: Annotated[str | None, typer.Option(help="Subject; default: slide_id.")] = None,
+    expression: Annotated[
+        Path | None, typer.Option(help="Measured counts: Space Ranger outs, .h5ad or legacy ST .tsv[.gz].")
+    ] = None,
+    positions: Annotated[Path | None, typer.Option(help="Spot positions of legacy ST counts.")] = None,
+    spot_diameter_um: Annotated[float | None, typer.Option(help="Diameter of a measured spot.")] = None,
+    pitch_um: Annotated[float, typer.Option(help="Distance of neighbouring spots of a grid.")] = 100.0,
+    diameter_um: Annotated[float, typer.Option(help="Diameter of a spot of a grid.")] = 55.0,
+    arrangement: Annotated[str, typer.Option(help="Of a grid: hexagonal or square.")] = "hexagonal",
+    min_tissue_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of a spot that must be tissue to be in_tissue.")
+    ] = 0.5,
+) -> None:
+    """Write spots.h5ad: the measured spots with their counts, or a grid on the tissue.
+
+    Example: histrata spots results/slides/A --pitch-um 100 --diameter-um 55
+    """
+    from histrata.sheets import SlideRow
+    from histrata.spots.step import write_spots
+
+    name = slide_id or folder.resolve().name
+    row = SlideRow(
+        slide_id=name,
+        path=SlideFolder(folder).pyramid,
+        patient_id=patient_id or name,
+        expression=expression,
+        spots=positions,
+        spot_diameter_um=spot_diameter_um,
+    )
+    write_spots(
+        folder,
+        SlideFolder(folder).spots,
+        row,
+        pitch_um=pitch_um,
+        diameter_um=diameter_um,
+        arrangement=arrangement,
+        min_tissue_fraction=min_tissue_fraction,
+    )
+
+
+@app.command()
+def embed(
+    folder: Folder,
+    encoder: Annotated[str, typer.Option(help="A timm model, or hf-hub:<repository>.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Local safetensors file; default: download the pretrained weights.")
+    ] = None,
+    mpp: Annotated[list[float], typer.Option(help="um/px of the windows; may be given several times.")] = [0.5],  # noqa: B006 (Typer copies it)
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows encoded at once.")] = 64,
+    device: Device = "auto",
+) -> None:
+    """Encode a window around every spot with a timm model; write embedding.h5ad.
+
+    Example: histrata embed results/slides/A --encoder resnet50 --mpp 0.5
+    """
+    from histrata.encoders import embed as run
+
+    run(
+        folder,
+        SlideFolder(folder).embedding,
+        encoder=encoder,
+        weights=weights,
+        mpp=mpp,
+        batch_size=batch_size,
+        device=device,
+    )
+
+
+Model = Annotated[str, typer.Option(help="A model of histrata.list_models().")]
+ModelOption = Annotated[
+    list[str], typer.Option(help="key=value of the model's configuration; may be given several times.")
+]
+LevelMpp = Annotated[
+    list[float], typer.Option(help="um/px of a level, finest first, each twice the one before; repeat it.")
+]
+Size = Annotated[int | None, typer.Option(help="Side of the windows in px; default: the model's.")]
+Panel = Annotated[
+    str, typer.Option(help="highly_expressed, highly_variable, or a file with a gene symbol in each line.")
+]
+NGenes = Annotated[int, typer.Option(help="Genes of the panel.")]
+Epochs = Annotated[int, typer.Option(help="Times that every spot is seen.")]
+BatchSize = Annotated[int, typer.Option(help="Spots in a step.")]
+LearningRate = Annotated[float, typer.Option(help="Peak of the one-cycle rate of AdamW.")]
+WeightDecay = Annotated[float, typer.Option(help="Weight decay of AdamW.")]
+Jitter = Annotated[float, typer.Option(help="Largest relative change of a colour channel in training.")]
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the state of the training, from which a stopped one goes on."),
+]
+
+
+def _model_options(pairs: list[str]) -> dict[str, Any]:
+    """Turn key=value pairs into a dictionary; values are read as YAML."""
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise HistrataError(f"--model-option '{pair}' has no '='; write it as key=value, such as depth=4")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+@m2ost.command("evaluate")
+def m2ost_evaluate(
+    folders: Folders,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/m2ost"),
+    folds: Annotated[
+        str, typer.Option(help="leave-one-patient-out or grouped-k-fold.")
+    ] = "leave-one-patient-out",
+    k: Annotated[int, typer.Option(min=2, help="Number of folds of grouped-k-fold.")] = 5,
+    model: Model = "m2ost_small",
+    model_option: ModelOption = [],  # noqa: B006
+    mpp: LevelMpp = [1.0, 2.0, 4.0],  # noqa: B006
+    size: Size = None,
+    panel: Panel = "highly_expressed",
+    n_genes: NGenes = 250,
+    epochs: Epochs = 15,
+    batch_size: BatchSize = 32,
+    learning_rate: LearningRate = 1e-3,
+    weight_decay: WeightDecay = 0.01,
+    jitter: Jitter = 0.05,
+    seed: Seed = 0,
+    checkpoints: Checkpoints = None,
+    device: Device = "auto",
+) -> None:
+    """Cross-validate M2OST by patient, beside its baselines on the same folds.
+
+    Writes evaluation.tsv, summary.tsv and folds/ (the model of each fold) into the output folder.
+
+    Example: histrata m2ost evaluate results/slides/* --out results/m2ost
+    """
+    from histrata.expression.evaluation import evaluate
+    from histrata.expression.training import M2OSTOptions
+
+    options = M2OSTOptions(
+        model=model,
+        model_options=_model_options(model_option),
+        mpp=tuple(mpp),
+        size=size,
+        panel=panel,
+        n_genes=n_genes,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        jitter=jitter,
+        seed=seed,
+        device=device,
+    )
+    evaluate(folders, out, options, folds=folds, k=k, checkpoints=checkpoints or out / "checkpoints" / "folds")
+
+
+@m2ost.command("train")
+def m2ost_train(
+    folders: Folders,
+    out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("results/m2ost/model"),
+    evaluation: Annotated[
+        Path | None, typer.Option(help="evaluation.tsv, whose figures go beside each gene.")
+    ] = None,
+    model: Model = "m2ost_small",
+    model_option: ModelOption = [],  # noqa: B006
+    mpp: LevelMpp = [1.0, 2.0, 4.0],  # noqa: B006
+    size: Size = None,
+    panel: Panel = "highly_expressed",
+    n_genes: NGenes = 250,
+    epochs: Epochs = 15,
+    batch_size: BatchSize = 32,
+    learning_rate: LearningRate = 1e-3,
+    weight_decay: WeightDecay = 0.01,
+    jitter: Jitter = 0.05,
+    seed: Seed = 0,
+    checkpoints: Checkpoints = None,
+    device: Device = "auto",
+) -> None:
+    """Train M2OST on every measured slide.
+
+    Example: histrata m2ost train results/slides/* --evaluation results/m2ost/evaluation.tsv
+    """
+    from histrata.expression.steps import train_final
+    from histrata.expression.training import M2OSTOptions
+
+    options = M2OSTOptions(
+        model=model,
+        model_options=_model_options(model_option),
+        mpp=tuple(mpp),
+        size=size,
+        panel=panel,
+        n_genes=n_genes,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        jitter=jitter,
+        seed=seed,
+        device=device,
+    )
+    train_final(
+        folders,
+        out,
+        options,
+        evaluation=evaluation,
+        checkpoints=checkpoints or out.parent / "checkpoints" / "final",
+    )
+
+
+@m2ost.command("predict")
+def m2ost_predict(
+    folder: Folder,
+    model: Annotated[Path, typer.Option(help="Folder of the trained model.")],
+    folds: Annotated[
+        Path | None,
+        typer.Option(help="folds/ of an evaluation: a slide held out there is predicted by its fold's model."),
+    ] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="evaluation.tsv: figures of each gene.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Predict expression at every spot of a slide; write expression.h5ad.
+
+    Example: histrata m2ost predict results/slides/A --model results/m2ost/model
+    """
+    from histrata.expression.steps import predict
+
+    predict(
+        folder, SlideFolder(folder).expression, model, folds=folds, evaluation=evaluation, device=device
+    )
+
+
+Patients = Annotated[Path, typer.Argument(help="The patient sheet (TSV).")]
+Embeddings = Annotated[
+    list[Path], typer.Argument(help="Result folders of the slides, with embedding.h5ad.")
+]
+Covariates = Annotated[
+    list[str] | None, typer.Option("--covariate", help="Column of the sheet to use; default: all of them.")
+]
+Components = Annotated[int, typer.Option(min=1, help="Principal components of the mean embedding.")]
+Penalizer = Annotated[float, typer.Option(min=0, help="Strength of the ridge of the Cox model.")]
+
+
+@survival.command("evaluate")
+def survival_evaluate(
+    patients: Patients,
+    slides: Embeddings,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/survival"),
+    covariates: Covariates = None,
+    folds: Annotated[int, typer.Option(min=2, help="Number of folds by patient.")] = 5,
+    components: Components = 10,
+    penalizer: Penalizer = 0.1,
+    seed: Seed = 0,
+) -> None:
+    """Cross-validate survival by patient, beside its baselines; write the cohort table.
+
+    Writes evaluation.tsv, summary.tsv, cohort.h5ad and kaplan_meier.png into the output folder.
+
+    Example: histrata survival evaluate config/patients.tsv results/slides/*
+    """
+    from histrata.survival.steps import evaluate
+
+    evaluate(
+        patients,
+        [SlideFolder(slide).embedding for slide in slides],
+        out,
+        covariates=covariates,
+        folds=folds,
+        components=components,
+        penalizer=penalizer,
+        seed=seed,
+    )
+
+
+@survival.command("train")
+def survival_train(
+    patients: Patients,
+    slides: Embeddings,
+    out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("results/survival/model"),
+    summary: Annotated[Path | None, typer.Option(help="summary.tsv: figures for the card.")] = None,
+    covariates: Covariates = None,
+    components: Components = 10,
+    penalizer: Penalizer = 0.1,
+) -> None:
+    """Fit the survival model on every patient with follow-up.
+
+    Example: histrata survival train config/patients.tsv results/slides/*
+    """
+    from histrata.survival.steps import train
+
+    train(
+        patients,
+        [SlideFolder(slide).embedding for slide in slides],
+        out,
+        summary=summary,
+        covariates=covariates,
+        components=components,
+        penalizer=penalizer,
+    )
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Folder of the results.")] = Path("results"),
+    out: Annotated[Path | None, typer.Option(help="Page to write; default: report.html there.")] = None,
+    gene: Annotated[
+        list[str], typer.Option(help="Gene to draw; default: those predicted best in cross-validation.")
+    ] = [],  # noqa: B006
+    n_genes: Annotated[int, typer.Option(min=1, help="Genes to draw where none is named.")] = 4,
+    config: Annotated[Path | None, typer.Option(help="Configuration of the run, to be shown.")] = None,
+) -> None:
+    """Write one HTML page to look at: slides, tissue, figures beside their baselines, genes on the tissue.
+
+    Example: histrata report results
+    """
+    from histrata.report import write_report
+
+    write_report(results, out or results / "report.html", genes=gene, n_genes=n_genes, config=config)
+
+
+@app.command("demo-data")
+def demo_data(
+    folder: Annotated[Path, typer.Argument(help="Folder to write the cohort to.")],
+    patients: Annotated[int, typer.Option(min=2, help="Patients, one slide each.")] = 12,
+    measured: Annotated[int, typer.Option(min=2, help="Patients with measured expression.")] = 4,
+    size_px: Annotated[int, typer.Option(help="Width and height of a slide in px.")] = 3072,
+    seed: Seed = 0,
+) -> None:
+    """Write a small cohort with known truth: slides, counts, follow-up, sheets and config.
+
+    Example: histrata demo-data demo
+    """
+    from histrata.demo import write_demo
+
+    write_demo(folder, patients=patients, measured=measured, size_px=size_px, seed=seed)
+    print(f"written to {folder}; run it with: snakemake --cores 2 --directory {folder} --configfile {folder}/config.yaml")

@@ -1,0 +1,84 @@
+"""The configuration of a run: checked against its schema, completed with the defaults."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from histrata.errors import SheetError
+from histrata.sheets import schema
+
+
+def complete(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return `config` with every default of `workflow/schemas/config.schema.yaml` filled in.
+
+    Parameters
+    ----------
+    config
+        What the file (and the command line) say.
+    file
+        The file, for messages.
+
+    Raises
+    ------
+    SheetError
+        For an unknown key, a missing one, or a value that does not fit the schema.
+    """
+    rules = schema("config")
+    whole = _filled(config, rules)
+    for fault in sorted(jsonschema.Draft202012Validator(rules).iter_errors(whole), key=str):
+        raise SheetError(f"{file}: {_sentence(fault)}")
+    if whole["patients"] and not whole["embed"]["encoder"]:
+        raise SheetError(
+            f"{file}: patients are given and embed.encoder is not; name an encoder, whose features the survival "
+            "model takes, or leave patients out"
+        )
+    if whole["pyramid"]["block"] <= whole["pyramid"]["tile"]:
+        raise SheetError(f"{file}: pyramid.block must be larger than pyramid.tile; raise block or lower tile")
+    return whole
+
+
+def find_commands() -> None:
+    """Put the folder of this Python first on PATH.
+
+    Snakemake's rules call `histrata`, which lies beside the Python that runs Snakemake, whether or not that
+    environment was activated. An environment that a rule names is activated later and comes before it.
+    """
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def _filled(config: Any, rules: dict[str, Any]) -> Any:
+    """Return a copy with the defaults of the schema's properties, section by section."""
+    if not isinstance(config, dict) or "properties" not in rules:
+        return config
+    whole = dict(config)
+    for key, rule in rules["properties"].items():
+        if "default" in rule:
+            whole.setdefault(key, rule["default"])
+        if key in whole:
+            # A section whose keys are all commented out is read as null.
+            given = {} if whole[key] is None and rule.get("type") == "object" else whole[key]
+            whole[key] = _filled(given, rule)
+    return whole
+
+
+def _sentence(fault: jsonschema.ValidationError) -> str:
+    """Say which key does not fit, and what it should hold."""
+    place = ".".join(str(part) for part in fault.absolute_path)
+    rule: dict[str, Any] = dict(fault.schema)
+    if fault.validator == "additionalProperties":
+        known = list(rule["properties"])
+        unknown = next(key for key in fault.instance if key not in known)
+        close = difflib.get_close_matches(unknown, known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
+        return f"unknown key '{'.'.join(filter(None, (place, unknown)))}'; {hint}"
+    if fault.validator == "required":
+        missing = next(key for key in rule["required"] if key not in fault.instance)
+        return f"key '{missing}' is missing; expected: {rule['properties'][missing]['description']}"
+    expected = rule.get("description", fault.message)
+    return f"key {place} is {fault.instance!r}, which does not fit ({fault.message}); expected: {expected}"

@@ -1,0 +1,144 @@
+"""Features of a timm encoder at every spot, at each um/px."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from histrata.devices import find_device
+from histrata.errors import HistrataError
+from histrata.files import provenance
+from histrata.folders import SlideFolder
+from histrata.pyramid import Pyramid
+from histrata.tables import on_spots, read_table, write_table
+
+
+def load_encoder(name: str, weights: Path | None = None) -> nn.Module:
+    """Load a timm model without its classifier.
+
+    Parameters
+    ----------
+    name
+        A name that `timm.list_models()` gives, or "hf-hub:<repository>".
+    weights
+        A safetensors file with the weights, of which those of a classifier are left out; None downloads the
+        pretrained ones.
+
+    Raises
+    ------
+    HistrataError
+        Where the name is unknown, the weights cannot be downloaded, or the file does not fit the model.
+    """
+    known = name.startswith("hf-hub:") or name.partition(".")[0] in timm.list_models()
+    if not known:
+        raise HistrataError(f"encoder '{name}' is not a model of timm {timm.__version__}; see timm.list_models()")
+    try:
+        # Random starting weights come from torch's global generator: it is given back as it was.
+        with torch.random.fork_rng(devices=[]):
+            model: nn.Module = timm.create_model(name, pretrained=weights is None, num_classes=0)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise HistrataError(
+            f"encoder '{name}': its weights could not be loaded ({str(error).splitlines()[0]}); where there is no "
+            "internet, give a local safetensors file as embed.weights"
+        ) from error
+    if weights is not None:
+        _load(model, name, weights)
+    return model.eval()
+
+
+def _load(model: nn.Module, name: str, weights: Path) -> None:
+    """Load a file into a model; every weight of the model must be there."""
+    try:
+        state = load_file(weights)
+        keys = model.load_state_dict(state, strict=False)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise HistrataError(
+            f"{weights}: not weights of '{name}' ({str(error).splitlines()[0]}); give the safetensors file of this "
+            "encoder"
+        ) from error
+    if keys.missing_keys:
+        raise HistrataError(
+            f"{weights}: {len(keys.missing_keys)} weights of '{name}' are missing ({keys.missing_keys[0]}, ...); give "
+            "the safetensors file of this encoder"
+        )
+
+
+def embed(
+    folder: Path,
+    out: Path,
+    *,
+    encoder: str,
+    weights: Path | None = None,
+    mpp: Sequence[float] = (0.5,),
+    batch_size: int = 64,
+    device: str = "auto",
+) -> None:
+    """Encode a window around every spot of a slide; write `embedding.h5ad`.
+
+    `X` holds the features at the first um/px, `obsm["X_<mpp>um"]` those at each one (float32). Windows are as large as
+    the encoder's own input, and scaled with its own mean and standard deviation.
+
+    Parameters
+    ----------
+    folder
+        Result folder of the slide, with pyramid and spots.
+    out
+        The `.h5ad` to write.
+    encoder, weights
+        See `load_encoder`.
+    mpp
+        um/px of the windows, one set of features for each.
+    batch_size
+        Windows encoded at once.
+    device
+        auto, cpu, cuda or cuda:N; float16 mixed precision on a GPU.
+
+    Raises
+    ------
+    HistrataError
+        Where the slide, the encoder or its weights are not whole, or a GPU is asked for where there is none.
+    """
+    where = find_device(device)
+    paths = SlideFolder(folder)
+    spots = read_table(paths.spots, written_by="spots")
+    pyramid = Pyramid(paths.pyramid)
+    model = load_encoder(encoder, weights).to(where)
+    features = {value: _encode(model, pyramid, spots.obsm["spatial"], value, batch_size, where) for value in mpp}
+    first = features[mpp[0]]
+    inputs = {"pyramid": paths.pyramid / "zarr.json", "spots": paths.spots}
+    table = on_spots(
+        spots,
+        first,
+        pd.DataFrame(index=[f"{encoder}_{i}" for i in range(first.shape[1])]),
+        provenance(
+            {"encoder": encoder, "mpp": list(mpp)}, inputs | ({"weights": weights} if weights else {})
+        ),
+    )
+    for value, values in features.items():
+        table.obsm[f"X_{value:g}um"] = values
+    write_table(table, out)
+
+
+def _encode(
+    model: nn.Module, pyramid: Pyramid, centres: np.ndarray, mpp: float, batch_size: int, device: torch.device
+) -> np.ndarray:
+    """Return float32 (spots, features) of windows at one um/px."""
+    settings = resolve_model_data_config(model)
+    size = int(settings["input_size"][-1])
+    mean, std = (torch.tensor(settings[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
+    outputs = [np.zeros((0, int(model.num_features)), dtype=np.float32)]  # type: ignore[call-overload]
+    with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+        for start in range(0, len(centres), batch_size):
+            windows, _ = pyramid.windows(centres[start : start + batch_size], mpp, size)
+            pixels = torch.from_numpy(windows).to(device).float() / 255
+            outputs.append(model((pixels - mean) / std).float().cpu().numpy())
+    return np.concatenate(outputs)

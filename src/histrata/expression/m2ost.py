@@ -1,0 +1,575 @@
+"""M2OST: gene expression of a spot from views of its surroundings at several magnifications.
+
+Wang et al., "M2OST: Many-to-one Regression for Predicting Spatial Transcriptomics from Digital Pathology
+Images", AAAI 2025, arXiv 2409.15092. The names below are the paper's:
+
+- DPE, the patch embedding at several granularities: level k is cut into patches as a whole, and again, with
+  patches half and a quarter as wide, in the centre that the finer levels show. The embeddings are shared by
+  the levels.
+- ITMM, self-attention among the tokens of one level, with weights of its own for each level.
+- A feed-forward network shared by the levels.
+- CTMM, cross-attention from each level to each other level.
+- CCMM, squeeze-and-excitation over the channels of all levels together.
+- The head: the class tokens of all levels, side by side, through one linear layer to the genes.
+
+**What a model is given.** A list of (n, 3, size, size) tensors, RGB in 0..1, finest level first, all centred
+on the spot. Level k shows a field of view 2**k times as wide as level 0 with the same number of pixels: its
+um/px is 2**k times that of level 0 (`M2OSTConfig.fields_of_view`). The model cannot see whether this holds;
+the caller reads the windows at those um/px, and turns and flips all levels of a spot alike.
+
+**What differs from the published code**, which is followed otherwise (also where it differs from the paper,
+which has random masks in the ITMM and learned scalar weights in the CTMM):
+
+- The innermost crop of level 2 is a centred quarter of the window. The published code takes 84 of 224 px,
+  off the centre, and stops with a shape error.
+- Any number of levels, window and patch size. A single level has no CTMM; levels beyond the third are cut at
+  the same three granularities as the third, since patches would soon be smaller than a pixel.
+- Queries, keys and values of a level come from one matrix, and attention runs through
+  `scaled_dot_product_attention`: the same numbers in less time and memory. Dropout is applied to the
+  outputs of attention, not to its weights, which would leave the fused kernels.
+- The normalisation that the ITMM creates and never uses is left out, so every parameter gets a gradient.
+- Options that the published code lacks and that are the field's habit, off in `m2ost_reference` and on in the
+  other variants: pixels that keep their brightness and contrast (`patch_norm`: published, every patch is
+  brought to mean 0 and variance 1, so that a dark patch and a pale one look alike), normalisation before the
+  ITMM (`pre_norm`), a residual around the CTMM, without which each layer forgets a level's own tokens
+  (`cross_residual`), position embeddings that start small beside the tokens (`position_std`), and `dropout`.
+
+Published weights are read by `load_published_weights` and `from_published`.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils import skip_init
+
+from histrata.errors import HistrataError
+from histrata.registry import make_config, register_model
+
+# Whole windows, their centre half, their centre quarter.
+MAX_GRANULARITIES = 3
+# The published code gives its CTMM three heads whatever it is configured with.
+PUBLISHED_CROSS_HEADS = 3
+
+
+@dataclass(frozen=True)
+class M2OSTConfig:
+    """Everything that determines the shape and arithmetic of an `M2OST`; the defaults are the published ones.
+
+    Values are plain numbers, so that ``M2OSTConfig(**json.loads(json.dumps(asdict(config))))`` is `config`.
+
+    Parameters
+    ----------
+    n_genes
+        Number of predicted values of a spot.
+    n_levels
+        Number of views of a spot, each with twice the um/px of the one before.
+    size
+        Height and width of every view in pixels.
+    patch_size
+        Height and width in pixels of a patch of the whole view; 1/2 and 1/4 of it in the centre crops.
+    depth
+        Number of layers.
+    dim
+        Channels of a token (the published `dim` counts three levels together: 576 there is 192 here).
+    heads, cross_heads
+        Attention heads of a level in the ITMM and in the CTMM (published: `heads` // 3, and always 3).
+    dim_head
+        Channels of an attention head.
+    mlp_dim
+        Hidden channels of the shared feed-forward network, and of the CCMM for each level (published:
+        `mlp_dim` // 3).
+    dropout
+        Share of the values dropped in training after attention and in the feed-forward networks.
+    patch_norm
+        Whether every patch is normalised by its own mean and variance (True, as published), or all pixels alike.
+    pre_norm
+        Whether tokens are normalised before the ITMM.
+    cross_residual
+        Whether the CTMM adds to the tokens (True) or replaces them (False, as published).
+    position_std
+        Standard deviation of the position embeddings and the class token at the start.
+
+    Raises
+    ------
+    HistrataError
+        A value has the wrong type or is out of range, or `size` cannot be cut as described above.
+    """
+
+    n_genes: int = 250
+    n_levels: int = 3
+    size: int = 224
+    patch_size: int = 16
+    depth: int = 4
+    dim: int = 192
+    heads: int = 3
+    cross_heads: int = 3
+    dim_head: int = 64
+    mlp_dim: int = 128
+    dropout: float = 0.0
+    patch_norm: bool = True
+    pre_norm: bool = False
+    cross_residual: bool = False
+    position_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_value(field.name, getattr(self, field.name), type(field.default))
+        finest = 2 ** (self.n_granularities - 1)
+        if self.patch_size % finest:
+            raise HistrataError(
+                f"patch_size is {self.patch_size} px, but {self.n_levels} levels are also cut into patches "
+                f"of 1/{finest} of that: choose a multiple of {finest}"
+            )
+        # Twice the finest: the smallest crop leaves a whole number of pixels on each side.
+        step = math.lcm(self.patch_size, 2 * finest if finest > 1 else 1)
+        if self.size % step:
+            raise HistrataError(
+                f"size is {self.size} px, which cannot be cut into centred crops and patches of "
+                f"{self.patch_size} px: choose a multiple of {step}"
+            )
+
+    @property
+    def n_granularities(self) -> int:
+        """Number of patch widths: patch_size, its half, its quarter."""
+        return min(self.n_levels, MAX_GRANULARITIES)
+
+    @property
+    def fields_of_view(self) -> tuple[int, ...]:
+        """Width of the tissue that each level shows, and its um/px, as multiples of level 0: 1, 2, 4..."""
+        return tuple(2**level for level in range(self.n_levels))
+
+    def n_tokens(self, level: int) -> int:
+        """Count the tokens of a level: a class token, then as many patches at each of its granularities."""
+        return 1 + min(level + 1, MAX_GRANULARITIES) * (self.size // self.patch_size) ** 2
+
+
+def _check_value(name: str, value: Any, kind: type) -> None:
+    # An exact comparison, since True is an int to isinstance.
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if not fits:
+        raise HistrataError(f"{name} is {value!r}, where a value of type {kind.__name__} is expected")
+    if kind is int and not value >= 1:
+        raise HistrataError(f"{name} is {value}, where 1 or more is expected")
+    if kind is float and not 0 <= value < math.inf:
+        raise HistrataError(f"{name} is {value}, where 0 or more is expected")
+    if name == "dropout" and not value < 1:
+        raise HistrataError(f"dropout is {value}, where a share below 1 is expected")
+
+
+class DPE(nn.Module):
+    """Embed the patches of every level at every granularity, and add class token and positions.
+
+    Level k is cut at granularities j = min(k, 2), ..., 0, finest first: its centre crop of ``size / 2**j``
+    pixels into patches of ``patch_size / 2**j`` pixels. The crop at j = k is the field of view of level 0.
+    """
+
+    def __init__(self, config: M2OSTConfig) -> None:
+        super().__init__()
+        self.size, self.patch_size, self.patch_norm = config.size, config.patch_size, config.patch_norm
+        self.embeddings = nn.ModuleList(_patch_embedding(config, j) for j in range(config.n_granularities))
+        self.class_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.positions = nn.ParameterList(
+            torch.empty(1, config.n_tokens(level), config.dim) for level in range(config.n_levels)
+        )
+
+    def forward(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Turn views (n, 3, size, size) into tokens (n, n_tokens(level), dim), one tensor for each level."""
+        if not self.patch_norm:
+            # From 0..1 to the spread that the embeddings would otherwise get from their normalisation.
+            views = [(view - 0.5) * 4 for view in views]
+        tokens = [[self.class_token.expand(len(view), -1, -1)] for view in views]
+        for j, embed in reversed(list(enumerate(self.embeddings))):
+            # All levels that are cut at this granularity go through its embedding in one piece.
+            cut = [_patches(view, self.size // 2**j, self.patch_size // 2**j) for view in views[j:]]
+            for level, embedded in enumerate(embed(torch.stack(cut).flatten(-3).flatten(2, 3)), start=j):
+                tokens[level].append(embedded)
+        return [torch.cat(t, dim=1) + position for t, position in zip(tokens, self.positions, strict=True)]
+
+
+def _patches(view: Tensor, crop: int, patch: int) -> Tensor:
+    """Cut the centre of (n, 3, size, size) into (n, rows, columns, patch, patch, 3), without a copy."""
+    start = (view.shape[-1] - crop) // 2
+    centre = view[..., start : start + crop, start : start + crop]
+    return centre.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
+
+
+def _patch_embedding(config: M2OSTConfig, j: int) -> nn.Sequential:
+    pixels, hidden = 3 * (config.patch_size // 2**j) ** 2, 3 * config.dim // 2**j
+    return nn.Sequential(
+        nn.LayerNorm(pixels) if config.patch_norm else nn.Identity(),
+        _linear(pixels, hidden),
+        nn.GELU(),
+        _linear(hidden, config.dim),
+        nn.LayerNorm(config.dim),
+    )
+
+
+class ITMM(nn.Module):
+    """Self-attention within each level, with projections of its own for each level; adds to the tokens."""
+
+    def __init__(self, config: M2OSTConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.dim_head
+        self.heads = config.heads
+        self.norm = nn.LayerNorm(config.dim) if config.pre_norm else nn.Identity()
+        self.to_qkv = nn.ModuleList(
+            _linear(config.dim, 3 * inner, bias=False) for _ in range(config.n_levels)
+        )
+        self.to_out = nn.ModuleList(_linear(inner, config.dim) for _ in range(config.n_levels))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """Add to the tokens (n, tokens, dim) of each level what attention finds in that level."""
+        return [
+            x + self.dropout(to_out(_attend(*_split_heads(to_qkv(self.norm(x)), self.heads))))
+            for x, to_qkv, to_out in zip(levels, self.to_qkv, self.to_out, strict=True)
+        ]
+
+
+class SharedFeedForward(nn.Module):
+    """One feed-forward network for the tokens of all levels, with a GELU at its end too; adds to them."""
+
+    def __init__(self, config: M2OSTConfig) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.LayerNorm(config.dim),
+            _linear(config.dim, config.mlp_dim),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            _linear(config.mlp_dim, config.dim),
+            nn.GELU(),
+        )
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """Pass the tokens (n, tokens, dim) of every level through the same network."""
+        return [x + self.net(x) for x in levels]
+
+
+class CTMM(nn.Module):
+    """Cross-attention from each level to each other; adds to the tokens, or replaces them (published)."""
+
+    def __init__(self, config: M2OSTConfig) -> None:
+        super().__init__()
+        inner = config.cross_heads * config.dim_head
+        self.heads, self.residual = config.cross_heads, config.cross_residual
+        self.norm = nn.LayerNorm(config.dim)
+        self.to_qkv = nn.ModuleList(
+            _linear(config.dim, 3 * inner, bias=False) for _ in range(config.n_levels)
+        )
+        self.to_out = nn.ModuleList(
+            _linear((config.n_levels - 1) * inner, config.dim) for _ in range(config.n_levels)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """Gather for the tokens (n, tokens, dim) of each level what attention finds in the other levels."""
+        qkv = [
+            _split_heads(to_qkv(self.norm(x)), self.heads)
+            for x, to_qkv in zip(levels, self.to_qkv, strict=True)
+        ]
+        mixed = []
+        for level, to_out in enumerate(self.to_out):
+            query = qkv[level][0]
+            seen = [_attend(query, key, value) for other, (_, key, value) in enumerate(qkv) if other != level]
+            mixed.append(self.dropout(to_out(torch.cat(seen, dim=-1))))
+        return [x + m for x, m in zip(levels, mixed, strict=True)] if self.residual else mixed
+
+
+class CCMM(nn.Module):
+    """Squeeze-and-excitation: scale each channel of each level by 1 + a score from all channels' means."""
+
+    def __init__(self, config: M2OSTConfig) -> None:
+        super().__init__()
+        channels, hidden = config.n_levels * config.dim, config.n_levels * config.mlp_dim
+        self.net = nn.Sequential(
+            nn.LayerNorm(channels),
+            _linear(channels, hidden),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            _linear(hidden, channels),
+            nn.Dropout(config.dropout),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """Scale the tokens (n, tokens, dim) of every level."""
+        means = torch.cat([x.mean(dim=1) for x in levels], dim=-1)
+        scores = self.net(means).unsqueeze(1).chunk(len(levels), dim=-1)
+        return [x * (1 + score) for x, score in zip(levels, scores, strict=True)]
+
+
+class M2OST(nn.Module):
+    """Many-to-one regression from views of a spot at several levels to its expression.
+
+    Parameters
+    ----------
+    config
+        Shape and options.
+    seed
+        The starting weights are drawn from a generator of their own with this seed.
+    """
+
+    def __init__(self, config: M2OSTConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.dpe = DPE(config)
+        self.layers = nn.ModuleList(_layer(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim)
+        self.head = _linear(config.n_levels * config.dim, config.n_genes)
+        self.reset_parameters(torch.Generator().manual_seed(seed))
+
+    def forward(self, views: Sequence[Tensor]) -> Tensor:
+        """Predict expression.
+
+        Parameters
+        ----------
+        views
+            A float tensor (n, 3, size, size) for each level, RGB in 0..1, finest level first.
+
+        Returns
+        -------
+        Expression (n, n_genes), not bounded.
+
+        Raises
+        ------
+        HistrataError
+            The number of levels, a shape or a dtype is not that of the configuration.
+        """
+        self._check(views)
+        levels = self.dpe(views)
+        for layer in self.layers:
+            levels = layer(levels)
+        return self.head(torch.cat([self.norm(x[:, 0]) for x in levels], dim=-1))
+
+    def _check(self, views: Sequence[Tensor]) -> None:
+        if len(views) != self.config.n_levels:
+            raise HistrataError(
+                f"got {len(views)} levels where the model takes {self.config.n_levels}: give a list of one "
+                "tensor (n, 3, size, size) for each level, finest first"
+            )
+        expected = (len(views[0]), 3, self.config.size, self.config.size)
+        for level, view in enumerate(views):
+            if view.shape != expected:
+                raise HistrataError(
+                    f"level {level} has shape {tuple(view.shape)}, where {expected} is expected"
+                )
+            if not view.is_floating_point():
+                raise HistrataError(f"level {level} is {view.dtype}, where floats in 0..1 are expected")
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw all weights anew from `generator` (on their device), distributed as in the published code."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                bound = 1 / math.sqrt(module.in_features)
+                module.weight.uniform_(-bound, bound, generator=generator)
+                if module.bias is not None:
+                    module.bias.uniform_(-bound, bound, generator=generator)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        for embedding in (self.dpe.class_token, *self.dpe.positions):
+            embedding.normal_(0, self.config.position_std, generator=generator)
+
+
+def _layer(config: M2OSTConfig) -> nn.Sequential:
+    # A single level has no other to look at.
+    cross = [CTMM(config)] if config.n_levels > 1 else []
+    return nn.Sequential(ITMM(config), SharedFeedForward(config), *cross, CCMM(config))
+
+
+def _linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
+    """Make a linear layer without drawing its weights, which would advance the global random state."""
+    return skip_init(nn.Linear, n_in, n_out, bias=bias)
+
+
+def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """Split (n, tokens, 3 * heads * dim_head) into query, key and value (n, heads, tokens, dim_head)."""
+    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scaled dot-product attention of (n, heads, tokens, dim_head), with the heads joined again."""
+    return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+_RECOMMENDED: dict[str, Any] = {
+    "dropout": 0.1,
+    "patch_norm": False,
+    "pre_norm": True,
+    "cross_residual": True,
+    "position_std": 0.02,
+}
+
+
+@register_model
+def m2ost_reference(seed: int = 0, **config: Any) -> M2OST:
+    """M2OST as its authors train it, 224-px windows, 7.04 M parameters with 250 genes; meant for a GPU."""
+    return M2OST(make_config(M2OSTConfig, config), seed)
+
+
+@register_model
+def m2ost(seed: int = 0, **config: Any) -> M2OST:
+    """M2OST of the published size in the recommended arrangement; meant for a GPU."""
+    return M2OST(make_config(M2OSTConfig, config, **_RECOMMENDED), seed)
+
+
+@register_model
+def m2ost_small(seed: int = 0, **config: Any) -> M2OST:
+    """M2OST in the recommended arrangement, 2 layers, 112-px windows, 1.15 M parameters; trains on a CPU."""
+    small = {"size": 112, "depth": 2, "dim": 96, "dim_head": 32, "mlp_dim": 64}
+    return M2OST(make_config(M2OSTConfig, config, **small, **_RECOMMENDED), seed)
+
+
+def from_published(path: Path) -> M2OST:
+    """Build the model that weights of the published code belong to, and load them.
+
+    Parameters
+    ----------
+    path
+        A ``.safetensors`` file, or a file that the published code saved (read with ``weights_only=True``).
+
+    Returns
+    -------
+    An `m2ost_reference` with the configuration that the shapes of the weights tell.
+
+    Raises
+    ------
+    HistrataError
+        The file cannot be read or does not hold the weights of a published M2OST.
+    """
+    state = _read_published(path)
+    depth = max(1, sum(name.endswith(".2.to_q0.weight") for name in state))
+    _check_names(str(path), state, depth)
+    model = M2OST(_published_config(state, depth))
+    load_published_weights(model, state)
+    return model
+
+
+def load_published_weights(model: M2OST, weights: Mapping[str, Tensor] | Path) -> None:
+    """Copy weights saved by the published code (also under DataParallel) into a model of the same shape.
+
+    Parameters
+    ----------
+    model
+        A three-level model with the options of `m2ost_reference`.
+    weights
+        A state dict under the published names, or a file as `from_published` takes it.
+
+    Raises
+    ------
+    HistrataError
+        The file cannot be read, the model is arranged otherwise, or the weights are not those of the model:
+        names are missing, unknown, or of another shape.
+    """
+    config = model.config
+    published = M2OSTConfig(n_levels=3, cross_heads=PUBLISHED_CROSS_HEADS)
+    for key in ("n_levels", "cross_heads", "patch_norm", "pre_norm", "cross_residual"):
+        if getattr(config, key) != getattr(published, key):
+            raise HistrataError(
+                f"published weights need a model with {key}={getattr(published, key)}, and this one has "
+                f"{getattr(config, key)}: build it with from_published or as m2ost_reference"
+            )
+    source = "the state dict" if isinstance(weights, Mapping) else str(weights)
+    state = _strip(weights) if isinstance(weights, Mapping) else _read_published(weights)
+    _check_names(source, state, config.depth)
+    ours = model.state_dict()
+    loaded = {}
+    for name, joined in _published_names(config.depth).items():
+        loaded[name] = torch.cat([state[part] for part in joined])
+        if loaded[name].shape != ours[name].shape:
+            raise HistrataError(
+                f"{' + '.join(joined)} of {source} has shape {tuple(loaded[name].shape)}, where the model "
+                f"has {tuple(ours[name].shape)}: build the model with from_published"
+            )
+    model.load_state_dict(loaded)
+
+
+def _read_published(path: Path) -> dict[str, Tensor]:
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise HistrataError(f"{path} is not there: give the file of the published weights") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError, OSError) as error:
+        raise HistrataError(f"{path} cannot be read as weights, a plain state dict is expected") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise HistrataError(f"{path} does not hold a plain state dict of names and tensors")
+    return _strip(state)
+
+
+def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefix that DataParallel puts before every name."""
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _published_config(state: Mapping[str, Tensor], depth: int) -> M2OSTConfig:
+    """Tell the configuration from the shapes."""
+    first = "transformer.layers.0"
+    patch_size = math.isqrt(len(state["to_patch_embedding1.1.weight"]) // 3)
+    dim_head = len(state[f"{first}.2.to_q0.weight"]) // PUBLISHED_CROSS_HEADS
+    return M2OSTConfig(
+        n_genes=len(state["mlp_head.weight"]),
+        size=patch_size * math.isqrt(state["pos_embedding1"].shape[1] - 1),
+        patch_size=patch_size,
+        depth=depth,
+        dim=state["cls_token"].shape[-1],
+        heads=len(state[f"{first}.0.to_qkv1.weight"]) // (3 * dim_head),
+        cross_heads=PUBLISHED_CROSS_HEADS,
+        dim_head=dim_head,
+        mlp_dim=len(state[f"{first}.1.split_mlp.1.weight"]),
+    )
+
+
+def _published_names(depth: int) -> dict[str, tuple[str, ...]]:
+    """Map each name of ours to the published ones whose tensors it joins along the first axis."""
+    names: dict[str, tuple[str, ...]] = {"dpe.class_token": ("cls_token",)}
+    pairs = [("norm", "transformer.norm"), ("head", "mlp_head")]
+    for level in range(3):
+        names[f"dpe.positions.{level}"] = (f"pos_embedding{level + 1}",)
+        # The published sequence begins with the cutting into patches, ours does not.
+        pairs += [
+            (f"dpe.embeddings.{level}.{i}", f"to_patch_embedding{level + 1}.{i + 1}") for i in (0, 1, 3, 4)
+        ]
+    for layer in range(depth):
+        ours, theirs = f"layers.{layer}", f"transformer.layers.{layer}"
+        for level in range(3):
+            names[f"{ours}.0.to_qkv.{level}.weight"] = (f"{theirs}.0.to_qkv{level + 1}.weight",)
+            names[f"{ours}.2.to_qkv.{level}.weight"] = tuple(
+                f"{theirs}.2.to_{x}{level}.weight" for x in "qkv"
+            )
+            pairs.append((f"{ours}.0.to_out.{level}", f"{theirs}.0.to_out{level + 1}.0"))
+            pairs.append((f"{ours}.2.to_out.{level}", f"{theirs}.2.to_out{level}.0"))
+        pairs += [(f"{ours}.1.net.{i}", f"{theirs}.1.split_mlp.{i}") for i in (0, 1, 4)]
+        pairs += [(f"{ours}.3.net.{i}", f"{theirs}.3.net.{i}") for i in (0, 1, 4)]
+        pairs.append((f"{ours}.2.norm", f"{theirs}.2.norm"))
+    for ours, theirs in pairs:
+        names |= {f"{ours}.{kind}": (f"{theirs}.{kind}",) for kind in ("weight", "bias")}
+    return names
+
+
+def _check_names(source: str, state: Mapping[str, Tensor], depth: int) -> None:
+    expected = {name for joined in _published_names(depth).values() for name in joined}
+    # The published ITMM holds a normalisation that it never uses.
+    unused = {f"transformer.layers.{i}.0.norm.{kind}" for i in range(depth) for kind in ("weight", "bias")}
+    missing = sorted(expected - state.keys())
+    unknown = sorted(state.keys() - expected - unused)
+    if missing or unknown:
+        found = [f"{len(missing)} names are missing (such as {missing[0]})"] if missing else []
+        found += [f"{len(unknown)} are unknown (such as {unknown[0]})"] if unknown else []
+        raise HistrataError(
+            f"{source} does not hold the weights of a published M2OST of {depth} layers: {', '.join(found)}"
+        )

@@ -1,0 +1,78 @@
+"""Gene panels: which genes a model predicts, chosen on its training sections alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from histrata.errors import HistrataError
+from histrata.expression.sections import Section
+
+PANELS = ("highly_expressed", "highly_variable")
+
+
+def choose_panel(sections: Sequence[Section], panel: str, n_genes: int) -> list[str]:
+    """Choose the genes to predict.
+
+    Parameters
+    ----------
+    sections
+        Training sections. Only genes that all of them measured can be chosen.
+    panel
+        "highly_expressed" or "highly_variable": the largest mean, or variance, of log1p of counts per 10,000, each
+        section counting the same; or the path of a text file with a gene symbol in each line.
+    n_genes
+        How many genes to choose; without effect on a file.
+
+    Returns
+    -------
+    list[str]
+        Gene symbols, the first the highest (for a file: its order).
+
+    Raises
+    ------
+    HistrataError
+        Where no gene is left, or `panel` is neither a known one nor a file.
+    """
+    common = [g for g in sections[0].spots.var_names if all(g in s.spots.var_names for s in sections[1:])]
+    slides = ", ".join(s.slide_id for s in sections)
+    if panel not in PANELS:
+        return _listed(Path(panel), common, slides)
+    scores = np.mean([_score(section, common, panel) for section in sections], axis=0)
+    # Ties go by name, so that the panel does not depend on the order of the columns.
+    order = np.lexsort((np.array(common, dtype=str), -scores))
+    chosen = [common[i] for i in order[:n_genes] if scores[i] > 0]
+    if not chosen:
+        raise HistrataError(
+            f"the gene panel is empty: asked for {n_genes} genes, and slides {slides} have {len(common)} genes in "
+            "common; set m2ost.n_genes above 0 and check that the counts use the same gene names"
+        )
+    return chosen
+
+
+def _score(section: Section, genes: list[str], panel: str) -> np.ndarray:
+    """Return the mean or the variance of each gene over the spots of a section."""
+    assert section.measured is not None
+    values = section.measured[:, section.spots.var_names.get_indexer(genes)]
+    mean = np.asarray(values.mean(axis=0), dtype=np.float64).ravel()
+    if panel == "highly_expressed":
+        return mean
+    return np.asarray(values.multiply(values).mean(axis=0), dtype=np.float64).ravel() - mean**2
+
+
+def _listed(file: Path, common: list[str], slides: str) -> list[str]:
+    if not file.is_file():
+        raise HistrataError(
+            f"the gene panel '{file}' is neither {' nor '.join(PANELS)} nor a file; set m2ost.panel to one of these, "
+            "or to a text file with a gene symbol in each line"
+        )
+    listed = list(dict.fromkeys(line.strip() for line in file.read_text().splitlines() if line.strip()))
+    missing = [gene for gene in listed if gene not in common]
+    if missing or not listed:
+        raise HistrataError(
+            f"{file}: {len(missing)} of its {len(listed)} genes are not measured on all of the slides {slides} "
+            f"({', '.join(missing[:5]) or 'it names no gene'}); list genes that these slides have in common"
+        )
+    return listed

@@ -1,0 +1,337 @@
+"""Training M2OST with Lightning, and the trained model as a folder of files.
+
+A trained model is a folder: `config.json` (what it is and how it was made), `model.safetensors` (weights, and the
+mean and standard deviation of each gene's target), `genes.tsv` (the panel, in the order of the outputs) and
+`card.md`. Targets are log1p of counts per 10,000, standardised for each gene on the training spots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from histrata.devices import find_device
+from histrata.errors import HistrataError
+from histrata.expression.sections import Section
+from histrata.expression.windows import Batch, EpochSampler, SpotWindows
+from histrata.files import provenance, whole
+from histrata.registry import create_model
+
+
+@dataclass(frozen=True)
+class M2OSTOptions:
+    """What can be chosen about M2OST; keys of the `m2ost` section of the config.
+
+    Attributes
+    ----------
+    model
+        A name from `histrata.list_models()`.
+    model_options
+        Keys of the model's configuration that differ from the variant's.
+    mpp
+        um/px of each level, finest first; each twice the one before, since the model cuts the field of view of the
+        finest level out of the coarser ones.
+    size
+        Side of the windows in px; None takes the variant's.
+    panel, n_genes
+        Which genes, and how many: see `histrata.expression.panel.choose_panel`.
+    epochs, batch_size, learning_rate, weight_decay
+        AdamW with a one-cycle rate whose peak is `learning_rate`.
+    jitter
+        Largest relative change of a colour channel's scale while training.
+    seed
+        What weights, order and augmentation are drawn from.
+    device
+        auto, cpu, cuda or cuda:N; bf16 mixed precision on a GPU.
+    """
+
+    model: str = "m2ost_small"
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    mpp: tuple[float, ...] = (1.0, 2.0, 4.0)
+    size: int | None = None
+    panel: str = "highly_expressed"
+    n_genes: int = 250
+    epochs: int = 15
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    jitter: float = 0.05
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.mpp or any(abs(b / a - 2) > 0.01 for a, b in zip(self.mpp, self.mpp[1:], strict=False)):
+            raise HistrataError(
+                f"m2ost.mpp is {list(self.mpp)}; give the um/px of each level, finest first, each twice the one before"
+            )
+        for name in ("n_genes", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model of expression, ready to predict.
+
+    Attributes
+    ----------
+    network
+        What `create_model` built; predicts standardised targets.
+    genes
+        The panel, in the order of the network's outputs.
+    mean, std
+        float32 (genes,) of the targets on the training spots.
+    mpp, size
+        um/px of each level, finest first, and side of the windows in px.
+    config
+        What `config.json` says of the model.
+    """
+
+    network: nn.Module
+    genes: list[str]
+    mean: np.ndarray
+    std: np.ndarray
+    mpp: tuple[float, ...]
+    size: int
+    config: dict[str, Any]
+
+    def predict(self, sections: Sequence[Section], *, batch_size: int = 64, device: str = "auto") -> np.ndarray:
+        """Predict log1p of counts per 10,000 at every spot, float32 (spots, genes)."""
+        where = find_device(device)
+        network = self.network.to(where).eval()
+        windows = SpotWindows(sections, self.mpp, self.size)
+        outputs = []
+        with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
+            for levels, _ in _batches(windows, range(len(windows)), batch_size):
+                outputs.append(network(_scaled(levels, where)).float().cpu().numpy())
+        predicted: np.ndarray = np.concatenate(outputs) * self.std + self.mean
+        return np.maximum(predicted, 0).astype(np.float32)
+
+
+def _batches(windows: SpotWindows, order: Any, batch_size: int) -> DataLoader[Batch]:
+    return DataLoader(windows, batch_size=batch_size, sampler=order, collate_fn=lambda batch: batch)
+
+
+def _scaled(levels: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    return [level.to(device, non_blocking=True).float() / 255 for level in levels]
+
+
+class _Regression(lightning.LightningModule):
+    """Mean squared error on standardised targets."""
+
+    def __init__(self, network: nn.Module, options: M2OSTOptions, steps: int) -> None:
+        super().__init__()
+        self.network, self.options, self.steps = network, options, steps
+        self.losses: list[float] = []
+
+    def on_train_epoch_start(self) -> None:
+        """Draw the epoch's order, augmentation and dropout from the seed and the epoch alone."""
+        loader: Any = self.trainer.train_dataloader
+        loader.dataset.epoch = self.current_epoch
+        torch.manual_seed(self.options.seed * 100_003 + self.current_epoch)
+        self._sum, self._n = 0.0, 0
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002 (Lightning's signature)
+        """Return the loss of a batch."""
+        levels, targets = batch
+        loss = nn.functional.mse_loss(self.network(_scaled(levels, self.device)), targets)
+        self._sum, self._n = self._sum + float(loss.detach()) * len(targets), self._n + len(targets)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Note the mean loss of the epoch."""
+        self.losses.append(self._sum / self._n)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the losses with the weights, for a run that resumes."""
+        checkpoint["losses"] = self.losses
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the losses of the run that was stopped."""
+        self.losses = list(checkpoint["losses"])
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW with a one-cycle learning rate."""
+        options = self.options
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def train(
+    sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptions, checkpoints: Path
+) -> TrainedModel:
+    """Train a model on all spots of some sections for a fixed number of epochs.
+
+    Parameters
+    ----------
+    sections
+        Training sections; everything that is fitted is fitted on them.
+    panel
+        Genes to predict.
+    options
+        Model and training.
+    checkpoints
+        Folder for the state after each epoch. A run of the same sections, panel and options that was stopped goes on
+        from there, to the same result; any other run does not look at it.
+
+    Raises
+    ------
+    HistrataError
+        For options that do not fit, or a GPU asked for where there is none.
+    """
+    device = find_device(options.device)
+    overrides = {**options.model_options, **({"size": options.size} if options.size else {})}
+    network = create_model(
+        options.model, seed=options.seed, n_genes=len(panel), n_levels=len(options.mpp), **overrides
+    )
+    architecture: Any = network.config
+    targets = np.concatenate([s.targets(panel) for s in sections])
+    mean, std = targets.mean(axis=0), targets.std(axis=0)
+    std = np.where(std > 0, std, 1).astype(np.float32)
+    windows = SpotWindows(
+        sections,
+        options.mpp,
+        architecture.size,
+        targets=(targets - mean) / std,
+        augment=True,
+        jitter=options.jitter,
+        seed=options.seed,
+    )
+    config = {
+        "model": options.model,
+        "architecture": asdict(architecture),
+        "mpp": list(options.mpp),
+        "size": architecture.size,
+        "target": "log1p of counts per 10,000 over the whole library",
+        "trained_on": {s.slide_id: s.patient_id for s in sections},
+        "n_spots": len(windows),
+        **provenance(
+            {k: v for k, v in asdict(options).items() if k != "device"},
+            {s.slide_id: s.folder.spots for s in sections},
+        ),
+    }
+    key = hashlib.sha256(json.dumps([config, list(panel)], sort_keys=True).encode()).hexdigest()[:16]
+    module = _Regression(network, options, steps=options.epochs * -(-len(windows) // options.batch_size))
+    _fit(module, windows, options, device, checkpoints / key)
+    config["loss"] = [round(loss, 6) for loss in module.losses]
+    network.to("cpu")
+    return TrainedModel(network, list(panel), mean, std, options.mpp, architecture.size, config)
+
+
+def _fit(
+    module: _Regression, windows: SpotWindows, options: M2OSTOptions, device: torch.device, folder: Path
+) -> None:
+    """Run Lightning, from the last checkpoint in `folder` where there is one."""
+    last = folder / "last.ckpt"
+    with _local_random_state(device), _quiet():
+        trainer = lightning.Trainer(
+            max_epochs=options.epochs,
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=[device.index] if device.index is not None else 1,
+            precision="bf16-mixed" if device.type == "cuda" else "32-true",
+            gradient_clip_val=1.0,
+            logger=False,
+            callbacks=[
+                ModelCheckpoint(folder, save_last=True, save_top_k=0),
+                *([TQDMProgressBar()] if sys.stderr.isatty() else []),
+            ],
+            enable_progress_bar=sys.stderr.isatty(),
+            enable_model_summary=False,
+        )
+        trainer.fit(
+            module,
+            _batches(windows, EpochSampler(windows), options.batch_size),
+            ckpt_path=last if last.is_file() else None,
+            weights_only=True,
+        )
+
+
+@contextmanager
+def _local_random_state(device: torch.device) -> Iterator[None]:
+    """Give torch's random state back as it was: dropout has no generator of its own."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out Lightning's advice that does not fit here (workers: reading threads do their work)."""
+    with warnings.catch_warnings():
+        for text in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*val_dataloader.*"):
+            warnings.filterwarnings("ignore", text)
+        yield
+
+
+def save_model(model: TrainedModel, folder: Path, card: str, scores: pd.DataFrame | None = None) -> None:
+    """Write the model's folder, whole or not at all.
+
+    Parameters
+    ----------
+    model
+        What `train` gave.
+    folder
+        Where to write it.
+    card
+        Text of `card.md`.
+    scores
+        A row for each gene (indexed by symbol) with how well it was predicted in cross-validation.
+    """
+    genes = pd.DataFrame({"gene": model.genes, "mean": model.mean, "std": model.std})
+    if scores is not None:
+        genes = genes.join(scores, on="gene")
+    weights = {f"network.{name}": tensor for name, tensor in model.network.state_dict().items()}
+    weights |= {"mean": torch.from_numpy(model.mean), "std": torch.from_numpy(model.std)}
+    with whole(folder) as part:
+        part.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part / "model.safetensors")
+        (part / "config.json").write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n")
+        genes.to_csv(part / "genes.tsv", sep="\t", index=False, float_format="%.6g")
+        (part / "card.md").write_text(card)
+
+
+def load_model(folder: Path) -> TrainedModel:
+    """Read a model's folder.
+
+    Raises
+    ------
+    HistrataError
+        Where a file is missing or does not belong to the others.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        genes = pd.read_csv(folder / "genes.tsv", sep="\t", dtype={"gene": str}, keep_default_na=False)["gene"]
+        tensors = load_file(folder / "model.safetensors")
+        network = create_model(config["model"], **config["architecture"])
+        state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+        network.load_state_dict(state)
+        mean, std = tensors["mean"].numpy(), tensors["std"].numpy()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise HistrataError(
+            f"{folder}: not a whole M2OST model ({str(error).splitlines()[0]}); train it again with "
+            "`histrata m2ost train`"
+        ) from error
+    return TrainedModel(
+        network, genes.tolist(), mean, std, tuple(config["mpp"]), int(config["size"]), config
+    )

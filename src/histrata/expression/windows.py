@@ -1,0 +1,110 @@
+"""Windows of spots for models: read from the pyramids while training, augmented alike at all levels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from histrata.expression.sections import Section
+
+Batch = tuple[list[torch.Tensor], torch.Tensor]
+
+
+class SpotWindows(Dataset[Batch]):
+    """Windows around the spots of some sections, at each level's um/px.
+
+    A batch is fetched as a whole (`__getitems__`): its windows are grouped by slide and read together, by threads
+    that leave the GIL, so that a loader needs no worker processes.
+
+    Parameters
+    ----------
+    sections
+        Where the spots lie.
+    mpp
+        um/px of each level, finest first.
+    size
+        Side of the windows in px.
+    targets
+        float32 (spots, genes) of all sections one after the other; None for prediction.
+    augment
+        Whether windows are flipped and turned (the same way at all levels of a spot) and jittered in colour.
+    jitter
+        Largest relative change of each colour channel's scale, drawn for each level.
+    seed
+        With the epoch and the spot, what an augmentation is drawn from.
+    """
+
+    def __init__(
+        self,
+        sections: Sequence[Section],
+        mpp: Sequence[float],
+        size: int,
+        *,
+        targets: np.ndarray | None = None,
+        augment: bool = False,
+        jitter: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.sections, self.mpp, self.size = list(sections), tuple(mpp), size
+        self.section_of = np.repeat(np.arange(len(sections)), [len(s.centres) for s in sections])
+        self.centres = np.concatenate([s.centres for s in sections])
+        self.targets = targets
+        self.augment, self.jitter, self.seed = augment, jitter, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Return the number of spots."""
+        return len(self.centres)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return uint8 (n, 3, size, size) windows for each level, and the targets (n, genes)."""
+        chosen = np.asarray(indices)
+        levels = [self.read(chosen, mpp) for mpp in self.mpp]
+        if self.augment:
+            for row, index in enumerate(chosen):
+                self._augment(levels, row, int(index))
+        empty = np.empty((len(chosen), 0), dtype=np.float32)
+        targets = empty if self.targets is None else self.targets[chosen]
+        return [torch.from_numpy(level) for level in levels], torch.from_numpy(targets)
+
+    def read(self, chosen: np.ndarray, mpp: float) -> np.ndarray:
+        """Return uint8 (n, 3, size, size) windows of the chosen spots at `mpp` um/px, as they are on the slide."""
+        windows = np.empty((len(chosen), 3, self.size, self.size), dtype=np.uint8)
+        for i in np.unique(self.section_of[chosen]):
+            rows = np.flatnonzero(self.section_of[chosen] == i)
+            windows[rows], _ = self.sections[i].pyramid.windows(self.centres[chosen[rows]], mpp, self.size)
+        return windows
+
+    def _augment(self, levels: list[np.ndarray], row: int, index: int) -> None:
+        """Flip and turn the windows of one spot alike, and change the colours of each a little."""
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        quarter_turns, flip = int(rng.integers(4)), bool(rng.integers(2))
+        for level in levels:
+            window = np.rot90(level[row], quarter_turns, axes=(1, 2))
+            window = window[:, :, ::-1] if flip else window
+            if self.jitter:
+                scale = rng.uniform(1 - self.jitter, 1 + self.jitter, (3, 1, 1)).astype(np.float32)
+                window = np.clip(window * scale, 0, 255).astype(np.uint8)
+            level[row] = window
+
+
+class EpochSampler(Sampler[int]):
+    """A new order of all spots in each epoch that depends on the seed and the epoch alone.
+
+    So a run that was stopped and resumed sees the same batches as one that was not.
+    """
+
+    def __init__(self, spots: SpotWindows) -> None:
+        self.spots = spots
+
+    def __len__(self) -> int:
+        """Return the number of spots."""
+        return len(self.spots)
+
+    def __iter__(self) -> Iterator[int]:
+        """Go through the spots in the order of the current epoch."""
+        order = np.random.default_rng((self.spots.seed, self.spots.epoch)).permutation(len(self.spots))
+        return iter(order.tolist())

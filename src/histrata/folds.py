@@ -1,0 +1,231 @@
+"""Every split of the program is made here, and none leaves with one subject on both sides.
+
+A subject is a patient, or several patients that share an image: a slide that was listed under two
+patients, or one block cut for both, would carry what it shows from training to test. Splits depend on
+the ids and the seed alone, never on the order of rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from histrata.errors import HistrataError, LeakError
+
+log = logging.getLogger(__name__)
+
+SCHEMES = ("leave-one-patient-out", "grouped-k-fold")
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One split: the ids to train on and the ids held out, each sorted."""
+
+    name: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def make_folds(
+    slides: pd.DataFrame, scheme: str = "leave-one-patient-out", k: int = 5, seed: int = 0
+) -> list[Fold]:
+    """Split slides so that every slide is held out once and no subject is on both sides.
+
+    Parameters
+    ----------
+    slides
+        One row a slide with `slide_id` (unique), `patient_id` and `image`, a digest or path that tells
+        one image from another.
+    scheme
+        `leave-one-patient-out`: one fold a subject, named after the first of its patients;
+        `grouped-k-fold`: subjects dealt into `k` folds of about the same number of slides.
+    k
+        Number of folds of `grouped-k-fold`; never more than there are subjects.
+    seed
+        Seed of the deal of `grouped-k-fold`.
+
+    Raises
+    ------
+    HistrataError
+        Fewer than two subjects, an id that is empty or double, or an unknown scheme.
+    """
+    _require(slides, "slide_id", ["slide_id", "patient_id", "image"])
+    patient_of = dict(zip(slides["slide_id"].astype(str), slides["patient_id"].astype(str), strict=True))
+    subject_of_patient = join_subjects(slides)
+    subject_of = {slide: subject_of_patient[patient_of[slide]] for slide in sorted(patient_of)}
+    sizes = pd.Series(subject_of).value_counts().sort_index()
+    _at_least_two(len(sizes), "slides")
+    if scheme == "leave-one-patient-out":
+        sides = {str(subject): frozenset([str(subject)]) for subject in sizes.index}
+    elif scheme == "grouped-k-fold":
+        sides = _deal(sizes, sizes * 0, _number(k, len(sizes)), seed)
+    else:
+        raise HistrataError(
+            f"The scheme of the folds is '{scheme}', which is none of {', '.join(SCHEMES)}; "
+            "choose one of these."
+        )
+    return _folds(sides, subject_of)
+
+
+def make_patient_folds(patients: pd.DataFrame, k: int = 5, seed: int = 0) -> list[Fold]:
+    """Split patients so that every one is held out once and each fold has its share of the events.
+
+    Parameters
+    ----------
+    patients
+        One row a patient with `patient_id` (unique), `event` (1 = observed, 0 = censored) and, where
+        patients share an image, `subject_id` (see `join_subjects`): those stay together.
+    k
+        Number of folds; fewer are made where fewer subjects have an observed event, so that each
+        training set and each test set holds one.
+    seed
+        Seed of the deal.
+
+    Raises
+    ------
+    HistrataError
+        Fewer than two subjects with an observed event, an id that is empty or double, or an event
+        that is neither 0 nor 1.
+    """
+    _require(patients, "patient_id", ["patient_id", "event"])
+    events = pd.to_numeric(patients["event"], errors="coerce")
+    if not events.isin([0, 1]).all():
+        row = patients.loc[~events.isin([0, 1])].iloc[0]
+        raise HistrataError(
+            f"Patient '{row['patient_id']}' has the event '{row['event']}' where 1 (observed) or 0 "
+            "(censored) was expected; leave patients without follow-up out of the folds."
+        )
+    ids = patients["patient_id"].astype(str)
+    subjects = patients["subject_id"].astype(str) if "subject_id" in patients else ids
+    subject_of = dict(sorted(zip(ids, subjects, strict=True)))
+    counts = events.groupby(subjects.to_numpy()).agg(["size", "sum"]).sort_index()
+    with_event = int((counts["sum"] > 0).sum())
+    if with_event < 2:
+        raise HistrataError(
+            f"The follow-up holds {with_event} patient(s) with an observed event, and at least 2 are needed "
+            "to train on one and evaluate on another; add patients with event = 1."
+        )
+    return _folds(_deal(counts["size"], counts["sum"], _number(k, with_event), seed), subject_of)
+
+
+def join_subjects(slides: pd.DataFrame) -> dict[str, str]:
+    """Map each patient to its subject: patients that share an image, directly or through others, are one.
+
+    Parameters
+    ----------
+    slides
+        One row a slide with `patient_id` and `image`.
+
+    Returns
+    -------
+    dict
+        patient_id to the id of the first patient, in alphabetical order, of its subject.
+    """
+    patient, patients = pd.factorize(slides["patient_id"].astype(str), sort=True)
+    image, images = pd.factorize(slides["image"].astype(str), sort=True)
+    n = len(patients) + len(images)
+    edges = coo_array((np.ones(len(slides)), (patient, len(patients) + image)), shape=(n, n))
+    _, component = connected_components(edges, directed=False)
+    first: dict[int, str] = {}
+    return {
+        str(name): first.setdefault(int(part), str(name))
+        for name, part in zip(patients, component[: len(patients)], strict=True)
+    }
+
+
+def assert_no_leak(fold: Fold, subject_of: Mapping[str, str]) -> None:
+    """Raise LeakError if an id, or two ids of one subject, stand on both sides of the fold.
+
+    Parameters
+    ----------
+    fold
+        The split.
+    subject_of
+        Every id of the fold to its subject.
+    """
+    unknown = sorted({*fold.train, *fold.test} - set(subject_of))
+    if unknown:
+        raise LeakError(
+            f"Fold '{fold.name}' names '{unknown[0]}' ({len(unknown)} such id(s)), whose patient is not "
+            "known; make the folds and the table from the same sheet."
+        )
+    both = {subject_of[i] for i in fold.train} & {subject_of[i] for i in fold.test}
+    if both:
+        raise LeakError(
+            f"Fold '{fold.name}' has subject '{min(both)}' ({len(both)} such subject(s)) both in training "
+            "and in test; put all slides of a patient, and all patients that share an image, on one side."
+        )
+
+
+def _folds(sides: Mapping[str, frozenset[str]], subject_of: Mapping[str, str]) -> list[Fold]:
+    """Turn the subjects held out in each fold into folds of ids, and check every one."""
+    folds = []
+    for name, held_out in sides.items():
+        test = tuple(sorted(i for i, subject in subject_of.items() if subject in held_out))
+        train = tuple(sorted(i for i, subject in subject_of.items() if subject not in held_out))
+        fold = Fold(name, train, test)
+        assert_no_leak(fold, subject_of)
+        folds.append(fold)
+    return folds
+
+
+def _deal(sizes: pd.Series, events: pd.Series, k: int, seed: int) -> dict[str, frozenset[str]]:
+    """Deal subjects into k folds, those with most events first, each to the fold that lacks most.
+
+    `sizes` and `events` have the same sorted index of subjects. Among equals the order is drawn.
+    """
+    draw = np.random.default_rng(seed).permutation(len(sizes))
+    order = np.lexsort((draw, -sizes.to_numpy(), -events.to_numpy()))
+    held: list[set[str]] = [set() for _ in range(k)]
+    n_held, n_events = np.zeros(k), np.zeros(k)
+    for i in order:
+        # A subject without events must not go where events are few, or that fold would fill up with it.
+        lack = (n_held, n_events) if events.iloc[i] > 0 else (n_held,)
+        fold = int(np.lexsort(lack)[0])
+        held[fold].add(str(sizes.index[i]))
+        n_held[fold] += sizes.iloc[i]
+        n_events[fold] += events.iloc[i]
+    return {f"fold-{i + 1}": frozenset(subjects) for i, subjects in enumerate(held)}
+
+
+def _number(k: int, most: int) -> int:
+    """Return the number of folds: k, or as many as can be made."""
+    if k < 2:
+        raise HistrataError(f"The number of folds is {k}, and at least 2 are needed; set it to 2 or more.")
+    if k > most:
+        log.warning("Made %d folds where %d were asked for: there are no more subjects to hold out.", most, k)
+    return min(k, most)
+
+
+def _at_least_two(n: int, what: str) -> None:
+    if n < 2:
+        raise HistrataError(
+            f"The {what} come from {n} subject(s), and at least 2 are needed to train on one and evaluate on "
+            "another (patients that share an image are one subject); add slides of another patient."
+        )
+
+
+def _require(table: pd.DataFrame, key: str, columns: Sequence[str]) -> None:
+    """Check that the columns are there and filled, and that the key is unique."""
+    for column in columns:
+        if column not in table:
+            raise HistrataError(f"The table to split has no column '{column}'; add it.")
+        empty = table[column].isna() | (table[column].astype(str) == "")
+        if column != "event" and empty.any():
+            named = table.loc[empty, key].astype(str).iloc[0]
+            raise HistrataError(
+                f"'{column}' is empty for {key} '{named}' ({int(empty.sum())} row(s)); fill it in."
+            )
+    double = table[key].astype(str).duplicated()
+    if double.any():
+        name = table.loc[double, key].iloc[0]
+        raise HistrataError(
+            f"{key} '{name}' stands in more than one row ({int(double.sum())} row(s) too many); "
+            "keep one row each."
+        )

@@ -1,0 +1,200 @@
+# Configuration and sheets, and every function that the rules call.
+
+import csv
+import shlex
+import sys
+from pathlib import Path
+
+from histrata.config import complete, find_commands
+from histrata.errors import HistrataError
+from histrata.sheets import read_patients, read_slides
+
+CONFIG_FILE = Path(workflow.configfiles[-1]).absolute()
+
+
+def of_config(path):
+    """Resolve a path of the config, which is relative to the config file."""
+    return (CONFIG_FILE.parent / Path(path).expanduser()).absolute()
+
+
+def stop(sentence):
+    """End with one sentence for the user, and the exit code of the commands."""
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+try:
+    config = complete(config, CONFIG_FILE)
+    SHEET = of_config(config["slides"])
+    SLIDES = {row.slide_id: row for row in read_slides(SHEET)}
+    PATIENTS = of_config(config["patients"]) if config["patients"] else None
+    if PATIENTS:
+        read_patients(PATIENTS)
+except HistrataError as error:
+    stop(error)
+
+find_commands()
+
+PANELS = ("highly_expressed", "highly_variable")
+PRETRAINED = (
+    of_config(config["m2ost"]["pretrained"]) if config["m2ost"]["pretrained"] else None
+)
+WEIGHTS = of_config(config["embed"]["weights"]) if config["embed"]["weights"] else []
+PANEL = (
+    [] if config["m2ost"]["panel"] in PANELS else of_config(config["m2ost"]["panel"])
+)
+GPU = int(config["device"].startswith("cuda"))
+
+
+wildcard_constraints:
+    slide="[A-Za-z0-9._-]+",
+
+
+def flags(section, leave_out=()):
+    """Write keys and values of a config section as the options of its command."""
+    words = []
+    for key, value in section.items():
+        option = f"--{key.replace('_', '-')}"
+        if key in leave_out or value is None:
+            continue
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                words += [option.rstrip("s"), f"{name}={inner}"]
+        elif isinstance(value, list):
+            for inner in value:
+                words += [option.rstrip("s"), inner]
+        else:
+            words += [option, value]
+    return shlex.join(str(word) for word in words)
+
+
+def m2ost_flags(leave_out=()):
+    """Return the options that evaluation and training share."""
+    section = config["m2ost"] | ({"panel": PANEL} if PANEL else {})
+    return flags(section, leave_out=("pretrained", *leave_out))
+
+
+def accepted():
+    """Return the slides that the check did not reject, in the order of the sheet."""
+    with checkpoints.check.get().output.table.open() as stream:
+        verdicts = {
+            row["slide_id"]: row["status"]
+            for row in csv.DictReader(stream, delimiter="\t")
+        }
+    return [slide for slide in SLIDES if verdicts.get(slide) != "rejected"]
+
+
+def measured():
+    """Return the accepted slides with measured expression."""
+    return [slide for slide in accepted() if SLIDES[slide].expression]
+
+
+def can_evaluate():
+    """Say whether there are two patients to split."""
+    return (
+        not PRETRAINED and len({SLIDES[slide].patient_id for slide in measured()}) > 1
+    )
+
+
+def slide_file(wildcards):
+    return SLIDES[wildcards.slide].path
+
+
+def slide_mpp(wildcards):
+    mpp = SLIDES[wildcards.slide].mpp
+    return f"--mpp {mpp}" if mpp else ""
+
+
+def measurement(wildcards):
+    row = SLIDES[wildcards.slide]
+    return [path for path in (row.expression, row.spots) if path]
+
+
+def spot_flags(wildcards):
+    row = SLIDES[wildcards.slide]
+    own = {
+        "slide_id": row.slide_id,
+        "patient_id": row.patient_id,
+        "expression": row.expression,
+        "positions": row.spots,
+        "spot_diameter_um": row.spot_diameter_um,
+    }
+    if not row.expression:
+        return flags(own | config["spots"])
+    return flags(own | {"min_tissue_fraction": config["spots"]["min_tissue_fraction"]})
+
+
+def of_measured(name):
+    """Return an input function: one file of every measured slide."""
+
+    def files(wildcards):
+        return [f"results/slides/{slide}/{name}" for slide in measured()]
+
+    return files
+
+
+def measured_folders(wildcards):
+    return [f"results/slides/{slide}" for slide in measured()]
+
+
+def accepted_folders(wildcards):
+    return [f"results/slides/{slide}" for slide in accepted()]
+
+
+def embeddings(wildcards):
+    return [f"results/slides/{slide}/embedding.h5ad" for slide in accepted()]
+
+
+def evaluation(wildcards):
+    """Return the evaluation that the final model and the predictions quote, where there is one."""
+    return "results/m2ost/evaluation.tsv" if can_evaluate() else []
+
+
+def folds(wildcards):
+    return "results/m2ost/folds" if can_evaluate() else []
+
+
+def evaluation_flag(wildcards):
+    return f"--evaluation {evaluation(wildcards)}" if can_evaluate() else ""
+
+
+def folds_flag(wildcards):
+    return f"--folds {folds(wildcards)}" if can_evaluate() else ""
+
+
+def model(wildcards):
+    return PRETRAINED or "results/m2ost/model"
+
+
+def slide_results(wildcards):
+    """Return every file of every accepted slide."""
+    names = ["pyramid.ome.zarr", "tissue.geojson", "tissue.png", "spots.h5ad"]
+    if config["embed"]["encoder"]:
+        names.append("embedding.h5ad")
+    if PRETRAINED or measured():
+        names.append("expression.h5ad")
+    return [f"results/slides/{slide}/{name}" for slide in accepted() for name in names]
+
+
+def m2ost_results(wildcards):
+    if PRETRAINED or not measured():
+        return []
+    tables = (
+        ["results/m2ost/evaluation.tsv", "results/m2ost/summary.tsv"]
+        if can_evaluate()
+        else []
+    )
+    return ["results/m2ost/model", *tables]
+
+
+def survival_results(wildcards):
+    if not PATIENTS or not accepted():
+        return []
+    names = (
+        "evaluation.tsv",
+        "summary.tsv",
+        "cohort.h5ad",
+        "kaplan_meier.png",
+        "model",
+    )
+    return [f"results/survival/{name}" for name in names]
