@@ -34,10 +34,7 @@ EXPECTED = {
 
 
 def rows_of(folder, names, mpp=None):
-    return [
-        SlideRow(slide_id=f"s{k}", path=folder / name, mpp=mpp, patient_id=f"p{k}")
-        for k, name in enumerate(names)
-    ]
+    return [SlideRow(slide_id=f"s{k}", path=folder / name, mpp=mpp, patient_id=f"p{k}") for k, name in enumerate(names)]
 
 
 @pytest.fixture(scope="module")

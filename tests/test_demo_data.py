@@ -95,9 +95,7 @@ def test_spots_counts_and_truth_join_by_id(cohort: Path) -> None:
         covered = truth[list(KINDS)].sum(axis=1)
         assert covered.between(0.5, 1 + 1e-6).all()
         # Neighbours lie 100 um apart, which is 200 px.
-        step = (spots["pixel_x"] - spots["pixel_x"].iloc[0]) / (spots["x"] - spots["x"].iloc[0]).replace(
-            0, np.nan
-        )
+        step = (spots["pixel_x"] - spots["pixel_x"].iloc[0]) / (spots["x"] - spots["x"].iloc[0]).replace(0, np.nan)
         np.testing.assert_allclose(step.dropna(), 200)
         assert spots[["pixel_x", "pixel_y"]].stack().between(0, SIZE).all()
 
@@ -163,9 +161,7 @@ def test_encoder_loads_and_its_features_vary(cohort: Path) -> None:
     assert (features.std(dim=0) > 0).float().mean() > 0.6
 
 
-def test_same_seed_gives_the_same_bytes_and_leaves_global_generators_alone(
-    cohort: Path, tmp_path: Path
-) -> None:
+def test_same_seed_gives_the_same_bytes_and_leaves_global_generators_alone(cohort: Path, tmp_path: Path) -> None:
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     write_demo(tmp_path / "again", patients=3, measured=2, size_px=SIZE, seed=5)
     assert digest(tmp_path / "again") == digest(cohort)

@@ -57,9 +57,7 @@ def test_slide_folds_hold_out_each_once_and_do_not_depend_on_row_order(rows, sch
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.booleans(), min_size=4, max_size=40), st.integers(2, 6), st.integers(0, 3), st.randoms())
 def test_patient_folds_are_balanced_and_do_not_depend_on_row_order(events, k, seed, random):
-    table = pd.DataFrame(
-        {"patient_id": [f"p{i}" for i in range(len(events))], "event": np.array(events, float)}
-    )
+    table = pd.DataFrame({"patient_id": [f"p{i}" for i in range(len(events))], "event": np.array(events, float)})
     if sum(events) < 2:
         with pytest.raises(HistrataError, match="observed event"):
             make_patient_folds(table, k, seed)

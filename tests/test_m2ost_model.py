@@ -76,9 +76,7 @@ def test_published_weights_that_do_not_fit_are_refused(golden, tmp_path):
     path = tmp_path / "weights.pth"
     missing = {name: w for name, w in weights.items() if name != "cls_token"}
     torch.save(missing, path)
-    with pytest.raises(
-        HistrataError, match=r"weights\.pth .*2 layers: 1 names are missing \(such as cls_token\)"
-    ):
+    with pytest.raises(HistrataError, match=r"weights\.pth .*2 layers: 1 names are missing \(such as cls_token\)"):
         from_published(path)
     torch.save(weights | {"extra": torch.zeros(1)}, path)
     with pytest.raises(HistrataError, match=r"1 are unknown \(such as extra\)"):
@@ -142,9 +140,7 @@ def oracle(model, views):
         crop, patch, name = c.size // 2**j, c.patch_size // 2**j, f"dpe.embeddings.{j}"
         corner = (c.size - crop) // 2
         starts = range(corner, corner + crop, patch)
-        cut = [
-            view[:, y : y + patch, x : x + patch].transpose(1, 2, 0).ravel() for y in starts for x in starts
-        ]
+        cut = [view[:, y : y + patch, x : x + patch].transpose(1, 2, 0).ravel() for y in starts for x in starts]
         pixels = norm(np.stack(cut), f"{name}.0") if c.patch_norm else (np.stack(cut) - 0.5) * 4
         hidden = gelu(linear(pixels, f"{name}.1"))
         return norm(linear(hidden, f"{name}.3"), f"{name}.4")
@@ -156,19 +152,15 @@ def oracle(model, views):
     for i in range(c.depth):
         itmm, feed, last = (f"layers.{i}.{part}" for part in (0, 1, 3 if c.n_levels > 1 else 2))
         for k, x in enumerate(levels):
-            q, key, v = np.split(
-                linear(norm(x, f"{itmm}.norm") if c.pre_norm else x, f"{itmm}.to_qkv.{k}"), 3, -1
-            )
+            q, key, v = np.split(linear(norm(x, f"{itmm}.norm") if c.pre_norm else x, f"{itmm}.to_qkv.{k}"), 3, -1)
             levels[k] = x + linear(attention(q, key, v, c.heads), f"{itmm}.to_out.{k}")
         levels = [
-            x + gelu(linear(gelu(linear(norm(x, f"{feed}.net.0"), f"{feed}.net.1")), f"{feed}.net.4"))
-            for x in levels
+            x + gelu(linear(gelu(linear(norm(x, f"{feed}.net.0"), f"{feed}.net.1")), f"{feed}.net.4")) for x in levels
         ]
         if c.n_levels > 1:
             cross = f"layers.{i}.2"
             qkv = [
-                np.split(linear(norm(x, f"{cross}.norm"), f"{cross}.to_qkv.{k}"), 3, -1)
-                for k, x in enumerate(levels)
+                np.split(linear(norm(x, f"{cross}.norm"), f"{cross}.to_qkv.{k}"), 3, -1) for k, x in enumerate(levels)
             ]
             for k, x in enumerate(levels):
                 seen = [attention(qkv[k][0], *qkv[o][1:], c.cross_heads) for o in range(c.n_levels) if o != k]

@@ -232,12 +232,8 @@ def test_flat_tiffs_have_the_pixels_of_tifffile(tmp_path, picture, kind):
 
 def test_separate_planes_and_channels(tmp_path, picture):
     planes = np.moveaxis(picture, -1, 0)
-    tifffile.imwrite(
-        tmp_path / "planar.tif", planes, photometric="rgb", planarconfig="separate", tile=(64, 64)
-    )
-    tifffile.imwrite(
-        tmp_path / "c.ome.tif", planes, photometric="minisblack", tile=(64, 64), metadata={"axes": "CYX"}
-    )
+    tifffile.imwrite(tmp_path / "planar.tif", planes, photometric="rgb", planarconfig="separate", tile=(64, 64))
+    tifffile.imwrite(tmp_path / "c.ome.tif", planes, photometric="minisblack", tile=(64, 64), metadata={"axes": "CYX"})
     for name in ("planar.tif", "c.ome.tif"):
         with open_slide(tmp_path / name, mpp=0.5) as slide:
             assert np.array_equal(whole(slide)[0], picture)
@@ -260,9 +256,7 @@ def rgba(picture):
 
 
 def test_transparent_pixels_are_missing(tmp_path, picture):
-    tifffile.imwrite(
-        tmp_path / "a.tif", rgba(picture), photometric="rgb", extrasamples=["unassalpha"], tile=(64, 64)
-    )
+    tifffile.imwrite(tmp_path / "a.tif", rgba(picture), photometric="rgb", extrasamples=["unassalpha"], tile=(64, 64))
     Image.fromarray(rgba(picture)).save(tmp_path / "a.png")
     for name in ("a.tif", "a.png"):
         with open_slide(tmp_path / name, mpp=0.5) as slide:

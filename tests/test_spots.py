@@ -184,18 +184,14 @@ def test_legacy_counts_that_cannot_be_used(section: SlideRow, edit: Callable[[st
         (lambda t: t.replace("\t1\n", "\t0\n"), "here"),
     ],
 )  # fmt: skip
-def test_legacy_positions_that_cannot_be_used(
-    section: SlideRow, edit: Callable[[str], str], said: str
-) -> None:
+def test_legacy_positions_that_cannot_be_used(section: SlideRow, edit: Callable[[str], str], said: str) -> None:
     change(section.spots, edit)
     with pytest.raises(TableError, match=said):
         preflight(section, slide(1000, 1000))
 
 
 def test_paths_that_lead_nowhere(section: SlideRow, tmp_path: Path) -> None:
-    with pytest.raises(
-        TableError, match=r"slides\.tsv, row 2, column expression: .*absent\.h5ad is not there"
-    ):
+    with pytest.raises(TableError, match=r"slides\.tsv, row 2, column expression: .*absent\.h5ad is not there"):
         read_measured(row(tmp_path / "absent.h5ad"))
     with pytest.raises(TableError, match=r"column expression: the cell is empty"):
         read_measured(row(None))
@@ -351,9 +347,7 @@ def test_swapped_positions_are_named(tmp_path: Path, table: ad.AnnData) -> None:
     assert preflight(row(tmp_path / "t.h5ad"), slide(50, 50)) == []
     table.obsm["spatial"][3] = [35, 42]
     table.write_h5ad(tmp_path / "t.h5ad")
-    with pytest.raises(
-        TableError, match=r"2 of 3 spots lie outside.*such as 'spot2' at \(20, 40\); none would if x"
-    ):
+    with pytest.raises(TableError, match=r"2 of 3 spots lie outside.*such as 'spot2' at \(20, 40\); none would if x"):
         preflight(row(tmp_path / "t.h5ad"), slide(50, 40))
     table.obsm["spatial"][2] = [30, 20]
     table.write_h5ad(tmp_path / "t.h5ad")
@@ -425,9 +419,7 @@ def test_anndata_that_cannot_be_used(tmp_path: Path, table: ad.AnnData) -> None:
 # ---- gene symbols -------------------------------------------------------------------------------------
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from(["A", "B", "A-1", "C"]), st.integers(0, 99)), unique_by=lambda g: g[1])
-)
+@given(st.lists(st.tuples(st.sampled_from(["A", "B", "A-1", "C"]), st.integers(0, 99)), unique_by=lambda g: g[1]))
 def test_symbols_become_unique_whatever_the_order(genes: list[tuple[str, int]]) -> None:
     symbols, ids = [g[0] for g in genes], [f"E{g[1]:02d}" for g in genes]
     names, renamed = unique_symbols(symbols, ids)

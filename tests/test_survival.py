@@ -36,9 +36,7 @@ D = 6
 
 
 def write_slide(folder: Path, slide, patient, x, in_tissue=None) -> Path:
-    obs = pd.DataFrame(
-        {"slide_id": slide, "patient_id": patient}, index=[f"{slide}_{i:03d}" for i in range(len(x))]
-    )
+    obs = pd.DataFrame({"slide_id": slide, "patient_id": patient}, index=[f"{slide}_{i:03d}" for i in range(len(x))])
     if in_tissue is not None:
         obs["in_tissue"] = in_tissue
     var = pd.DataFrame(index=[f"f{i}" for i in range(x.shape[1])])
@@ -99,9 +97,7 @@ def test_all_spots_on_tissue_of_all_slides_are_pooled(tmp_path):
 
 def test_nobody_is_dropped(tmp_path, caplog):
     x = np.random.default_rng(0).normal(size=(4, D))
-    paths = [
-        write_slide(tmp_path, s, p, x + i) for i, (s, p) in enumerate([("s1", "p1"), ("s9", "stranger")])
-    ]
+    paths = [write_slide(tmp_path, s, p, x + i) for i, (s, p) in enumerate([("s1", "p1"), ("s9", "stranger")])]
     sheet = pd.DataFrame(
         {
             "patient_id": ["p3", "p1", "p2"],
@@ -239,9 +235,7 @@ def test_brier_does_not_depend_on_censoring():
     n, tau = 20_000, 1.5
     true, limit = rng.exponential(size=n), rng.exponential(2.0, size=n)
     survival = np.tile(np.exp(-1.2 * (np.arange(100) + 0.5) / 100 * tau), (n, 1))
-    full = brier_scores(
-        true, np.ones(n, bool), survival, train_time=true, train_event=np.ones(n, bool), tau=tau
-    )
+    full = brier_scores(true, np.ones(n, bool), survival, train_time=true, train_event=np.ones(n, bool), tau=tau)
     time, event = np.minimum(true, limit), true <= limit
     cut = brier_scores(time, event, survival, train_time=time, train_event=event, tau=tau)
     assert cut.mean() == pytest.approx(full.mean(), abs=0.005)
@@ -363,9 +357,7 @@ def test_a_fold_that_no_pair_decides_is_nan():
     cohort = tabular(20, effect=1.0)
     censored = cohort.patients.index[~cohort.event][:1]
     rest = tuple(i for i in cohort.patients.index if i not in censored)
-    result = evaluate_survival(
-        cohort, [Fold("one", rest, tuple(censored))], cox_methods(cohort), replicates=20
-    )
+    result = evaluate_survival(cohort, [Fold("one", rest, tuple(censored))], cox_methods(cohort), replicates=20)
     values = result.table.set_index(["fold", "metric"])["value"]
     assert values.loc[[("one", "harrell_c"), ("one", "uno_c")]].isna().all()
     assert result.summary.query("metric == 'harrell_c'")[["mean", "ci_low"]].isna().all(axis=None)

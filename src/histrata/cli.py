@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -51,7 +51,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[  # noqa: ARG001 (its callback does the work)
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
@@ -96,7 +96,7 @@ def pyramid(
     mpp: Annotated[float | None, typer.Option(help="um/px of level 0; default: what the file says.")] = None,
     tile: Annotated[int, typer.Option(help="Side of a chunk in px, a power of two.")] = 256,
     block: Annotated[int, typer.Option(help="Side of a shard of level 0 in px, a power of two.")] = 2048,
-    codec: Annotated[str, typer.Option(help="zstd (lossless) or jpeg.")] = "zstd",
+    codec: Annotated[Literal["zstd", "jpeg"], typer.Option(help="zstd (lossless) or jpeg.")] = "zstd",
     quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality.")] = 90,
     threads: Threads = 1,
 ) -> None:
@@ -104,11 +104,9 @@ def pyramid(
 
     Example: histrata pyramid A.svs results/slides/A/pyramid.ome.zarr --threads 4
     """
-    from histrata.pyramid import write_pyramid
+    from histrata.pyramid.writer import write_pyramid
 
-    write_pyramid(
-        slide, out, mpp=mpp, tile=tile, block=block, codec=codec, quality=quality, threads=threads
-    )
+    write_pyramid(slide, out, mpp=mpp, tile=tile, block=block, codec=codec, quality=quality, threads=threads)
 
 
 @app.command()
@@ -149,7 +147,9 @@ def spots(
     spot_diameter_um: Annotated[float | None, typer.Option(help="Diameter of a measured spot.")] = None,
     pitch_um: Annotated[float, typer.Option(help="Distance of neighbouring spots of a grid.")] = 100.0,
     diameter_um: Annotated[float, typer.Option(help="Diameter of a spot of a grid.")] = 55.0,
-    arrangement: Annotated[str, typer.Option(help="Of a grid: hexagonal or square.")] = "hexagonal",
+    arrangement: Annotated[
+        Literal["hexagonal", "square"], typer.Option(help="Of a grid: hexagonal or square.")
+    ] = "hexagonal",
     min_tissue_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of a spot that must be tissue to be in_tissue.")
     ] = 0.5,
@@ -213,9 +213,8 @@ Model = Annotated[str, typer.Option(help="A model of histrata.list_models().")]
 ModelOption = Annotated[
     list[str], typer.Option(help="key=value of the model's configuration; may be given several times.")
 ]
-LevelMpp = Annotated[
-    list[float], typer.Option(help="um/px of a level, finest first, each twice the one before; repeat it.")
-]
+Levels = Annotated[int, typer.Option(help="Levels of a spot; each sees twice as far as the one before.")]
+FieldUm = Annotated[float, typer.Option(help="Side of the finest level's windows in um.")]
 Size = Annotated[int | None, typer.Option(help="Side of the windows in px; default: the model's.")]
 Panel = Annotated[
     str, typer.Option(help="highly_expressed, highly_variable, or a file with a gene symbol in each line.")
@@ -247,20 +246,19 @@ def _model_options(pairs: list[str]) -> dict[str, Any]:
 def m2ost_evaluate(
     folders: Folders,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/m2ost"),
-    folds: Annotated[
-        str, typer.Option(help="leave-one-patient-out or grouped-k-fold.")
-    ] = "leave-one-patient-out",
+    folds: Annotated[str, typer.Option(help="leave-one-patient-out or grouped-k-fold.")] = "leave-one-patient-out",
     k: Annotated[int, typer.Option(min=2, help="Number of folds of grouped-k-fold.")] = 5,
     model: Model = "m2ost_small",
     model_option: ModelOption = [],  # noqa: B006
-    mpp: LevelMpp = [1.0, 2.0, 4.0],  # noqa: B006
+    levels: Levels = 3,
+    field_um: FieldUm = 154.0,
     size: Size = None,
     panel: Panel = "highly_expressed",
     n_genes: NGenes = 250,
     epochs: Epochs = 15,
     batch_size: BatchSize = 32,
     learning_rate: LearningRate = 1e-3,
-    weight_decay: WeightDecay = 0.01,
+    weight_decay: WeightDecay = 0.05,
     jitter: Jitter = 0.05,
     seed: Seed = 0,
     checkpoints: Checkpoints = None,
@@ -278,7 +276,8 @@ def m2ost_evaluate(
     options = M2OSTOptions(
         model=model,
         model_options=_model_options(model_option),
-        mpp=tuple(mpp),
+        levels=levels,
+        field_um=field_um,
         size=size,
         panel=panel,
         n_genes=n_genes,
@@ -297,19 +296,18 @@ def m2ost_evaluate(
 def m2ost_train(
     folders: Folders,
     out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("results/m2ost/model"),
-    evaluation: Annotated[
-        Path | None, typer.Option(help="evaluation.tsv, whose figures go beside each gene.")
-    ] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="evaluation.tsv, whose figures go beside each gene.")] = None,
     model: Model = "m2ost_small",
     model_option: ModelOption = [],  # noqa: B006
-    mpp: LevelMpp = [1.0, 2.0, 4.0],  # noqa: B006
+    levels: Levels = 3,
+    field_um: FieldUm = 154.0,
     size: Size = None,
     panel: Panel = "highly_expressed",
     n_genes: NGenes = 250,
     epochs: Epochs = 15,
     batch_size: BatchSize = 32,
     learning_rate: LearningRate = 1e-3,
-    weight_decay: WeightDecay = 0.01,
+    weight_decay: WeightDecay = 0.05,
     jitter: Jitter = 0.05,
     seed: Seed = 0,
     checkpoints: Checkpoints = None,
@@ -325,7 +323,8 @@ def m2ost_train(
     options = M2OSTOptions(
         model=model,
         model_options=_model_options(model_option),
-        mpp=tuple(mpp),
+        levels=levels,
+        field_um=field_um,
         size=size,
         panel=panel,
         n_genes=n_genes,
@@ -363,15 +362,11 @@ def m2ost_predict(
     """
     from histrata.expression.steps import predict
 
-    predict(
-        folder, SlideFolder(folder).expression, model, folds=folds, evaluation=evaluation, device=device
-    )
+    predict(folder, SlideFolder(folder).expression, model, folds=folds, evaluation=evaluation, device=device)
 
 
 Patients = Annotated[Path, typer.Argument(help="The patient sheet (TSV).")]
-Embeddings = Annotated[
-    list[Path], typer.Argument(help="Result folders of the slides, with embedding.h5ad.")
-]
+Embeddings = Annotated[list[Path], typer.Argument(help="Result folders of the slides, with embedding.h5ad.")]
 Covariates = Annotated[
     list[str] | None, typer.Option("--covariate", help="Column of the sheet to use; default: all of them.")
 ]
@@ -471,4 +466,6 @@ def demo_data(
     from histrata.demo import write_demo
 
     write_demo(folder, patients=patients, measured=measured, size_px=size_px, seed=seed)
-    print(f"written to {folder}; run it with: snakemake --cores 2 --directory {folder} --configfile {folder}/config.yaml")
+    print(
+        f"written to {folder}; run it with: snakemake --cores 2 --directory {folder} --configfile {folder}/config.yaml"
+    )

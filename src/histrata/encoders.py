@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -119,9 +120,7 @@ def embed(
         spots,
         first,
         pd.DataFrame(index=[f"{encoder}_{i}" for i in range(first.shape[1])]),
-        provenance(
-            {"encoder": encoder, "mpp": list(mpp)}, inputs | ({"weights": weights} if weights else {})
-        ),
+        provenance({"encoder": encoder, "mpp": list(mpp)}, inputs | ({"weights": weights} if weights else {})),
     )
     for value, values in features.items():
         table.obsm[f"X_{value:g}um"] = values
@@ -135,7 +134,8 @@ def _encode(
     settings = resolve_model_data_config(model)
     size = int(settings["input_size"][-1])
     mean, std = (torch.tensor(settings[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
-    outputs = [np.zeros((0, int(model.num_features)), dtype=np.float32)]  # type: ignore[call-overload]
+    width: Any = model.num_features
+    outputs = [np.zeros((0, width), dtype=np.float32)]
     with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
         for start in range(0, len(centres), batch_size):
             windows, _ = pyramid.windows(centres[start : start + batch_size], mpp, size)

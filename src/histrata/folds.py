@@ -32,9 +32,7 @@ class Fold:
     test: tuple[str, ...]
 
 
-def make_folds(
-    slides: pd.DataFrame, scheme: str = "leave-one-patient-out", k: int = 5, seed: int = 0
-) -> list[Fold]:
+def make_folds(slides: pd.DataFrame, scheme: str = "leave-one-patient-out", k: int = 5, seed: int = 0) -> list[Fold]:
     """Split slides so that every slide is held out once and no subject is on both sides.
 
     Parameters
@@ -67,8 +65,7 @@ def make_folds(
         sides = _deal(sizes, sizes * 0, _number(k, len(sizes)), seed)
     else:
         raise HistrataError(
-            f"The scheme of the folds is '{scheme}', which is none of {', '.join(SCHEMES)}; "
-            "choose one of these."
+            f"The scheme of the folds is '{scheme}', which is none of {', '.join(SCHEMES)}; choose one of these."
         )
     return _folds(sides, subject_of)
 
@@ -219,13 +216,10 @@ def _require(table: pd.DataFrame, key: str, columns: Sequence[str]) -> None:
         empty = table[column].isna() | (table[column].astype(str) == "")
         if column != "event" and empty.any():
             named = table.loc[empty, key].astype(str).iloc[0]
-            raise HistrataError(
-                f"'{column}' is empty for {key} '{named}' ({int(empty.sum())} row(s)); fill it in."
-            )
+            raise HistrataError(f"'{column}' is empty for {key} '{named}' ({int(empty.sum())} row(s)); fill it in.")
     double = table[key].astype(str).duplicated()
     if double.any():
         name = table.loc[double, key].iloc[0]
         raise HistrataError(
-            f"{key} '{name}' stands in more than one row ({int(double.sum())} row(s) too many); "
-            "keep one row each."
+            f"{key} '{name}' stands in more than one row ({int(double.sum())} row(s) too many); keep one row each."
         )

@@ -58,7 +58,8 @@ def read_slides(path: Path) -> list[SlideRow]:
         fit the schema, or a `slide_id` that stands twice. Whether the slides exist is for `check` to say.
     """
     path = Path(path)
-    rows, seen = [], {}
+    rows: list[SlideRow] = []
+    seen: dict[str, int] = {}
     for line, record in _records(path, schema("slides")):
         slide_id = record["slide_id"]
         if slide_id in seen:
@@ -128,8 +129,7 @@ def _records(path: Path, rules: dict[str, Any]) -> list[tuple[int, dict[str, Any
         raise SheetError(f"{path}: not a text file ({error}); save it as tab-separated UTF-8 text") from error
     except pd.errors.ParserError as error:
         raise SheetError(
-            f"{path}: a row has more cells than the header ({str(error).strip()}); "
-            "separate the cells with single tabs"
+            f"{path}: a row has more cells than the header ({str(error).strip()}); separate the cells with single tabs"
         ) from error
     validator = jsonschema.Draft202012Validator(rules)
     records = []

@@ -92,9 +92,7 @@ def spots_table(
     return signed(table, provenance)
 
 
-def on_spots(
-    spots: ad.AnnData, values: np.ndarray, var: pd.DataFrame, provenance: dict[str, Any]
-) -> ad.AnnData:
+def on_spots(spots: ad.AnnData, values: np.ndarray, var: pd.DataFrame, provenance: dict[str, Any]) -> ad.AnnData:
     """Make a table of other values, float32 (n, var), on the spots of `spots`; pictures come along."""
     table = ad.AnnData(
         X=values.astype(np.float32),

@@ -125,9 +125,7 @@ def write_tissue(
         "smooth_um": smooth_um,
     }
     origin = slide.bounds[:2]
-    features = [
-        _feature(shapely.transform(piece, lambda p: p / scale - origin), slide.mpp) for piece in tissue.geoms
-    ]
+    features = [_feature(shapely.transform(piece, lambda p: p / scale - origin), slide.mpp) for piece in tissue.geoms]
     content = {
         "type": "FeatureCollection",
         "features": features,

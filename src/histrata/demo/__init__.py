@@ -74,9 +74,7 @@ truth/                what all of it was made from
 """
 
 
-def write_demo(
-    folder: Path, patients: int = 12, measured: int = 4, size_px: int = 3072, seed: int = 0
-) -> None:
+def write_demo(folder: Path, patients: int = 12, measured: int = 4, size_px: int = 3072, seed: int = 0) -> None:
     """Write the demonstration cohort to a folder, whole or not at all.
 
     The same arguments give the same bytes. Random numbers come from generators of their own; the global
@@ -149,8 +147,7 @@ def _refuse(folder: Path, patients: int, measured: int, size_px: int) -> None:
     if held and not (ours and held <= _ENTRIES):
         other = sorted(held - _ENTRIES if ours else held)[0]
         raise HistrataError(
-            f"{folder} already holds '{other}', which the demonstration would remove: "
-            "name an empty or a new folder"
+            f"{folder} already holds '{other}', which the demonstration would remove: name an empty or a new folder"
         )
 
 
@@ -172,9 +169,7 @@ def _composition(labels: NDArray[np.uint8]) -> NDArray[np.float64]:
     return np.asarray(areas / areas.sum())
 
 
-def _write_expression(
-    part: Path, name: str, labels: NDArray[np.uint8], genes: Genes, rng: np.random.Generator
-) -> None:
+def _write_expression(part: Path, name: str, labels: NDArray[np.uint8], genes: Genes, rng: np.random.Generator) -> None:
     """Write spots, counts and their truth for one slide."""
     spots, fractions = _place_spots(labels)
     shares = expected_shares(genes, fractions, rng.lognormal(0, 0.25, len(genes.symbols)))
@@ -207,9 +202,7 @@ def _place_spots(labels: NDArray[np.uint8]) -> tuple[pd.DataFrame, NDArray[np.fl
     px, py = start + (x - 1) * pitch, start + (y - 1) * pitch
     fractions = _disc_fractions(labels, px, py, radius)
     kept = fractions.sum(axis=1) > 0.5
-    spots = pd.DataFrame(
-        {"x": x, "y": y, "new_x": x, "new_y": y, "pixel_x": px, "pixel_y": py, "selected": 1}
-    )
+    spots = pd.DataFrame({"x": x, "y": y, "new_x": x, "new_y": y, "pixel_x": px, "pixel_y": py, "selected": 1})
     return spots[kept].reset_index(drop=True), fractions[kept]
 
 
@@ -226,9 +219,7 @@ def _disc_fractions(
     return np.stack([(under == kind).mean(axis=1) for kind in range(1, len(KINDS) + 1)], axis=1)
 
 
-def _write_follow_up(
-    part: Path, names: list[str], compositions: NDArray[np.float64], rng: np.random.Generator
-) -> None:
+def _write_follow_up(part: Path, names: list[str], compositions: NDArray[np.float64], rng: np.random.Generator) -> None:
     """Write the patient sheet and its truth."""
     patient_ids = [f"patient-{name}" for name in names]
     log_hazard = log_hazards(compositions)

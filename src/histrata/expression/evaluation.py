@@ -10,6 +10,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,9 +71,7 @@ def evaluate(
         for fold in made:
             log.info("fold %s: train on %s, test on %s", fold.name, ", ".join(fold.train), ", ".join(fold.test))
             rows += _run_fold(fold, sections, options, part / fold.name, checkpoints)
-            held_out += [
-                {"slide": s, "patient": sections[s].patient_id, "fold": fold.name} for s in fold.test
-            ]
+            held_out += [{"slide": s, "patient": sections[s].patient_id, "fold": fold.name} for s in fold.test]
         pd.DataFrame(held_out).to_csv(part / "folds.tsv", sep="\t", index=False)
     evaluation = pd.DataFrame(rows, columns=list(_COLUMNS))
     panel = options.panel if options.panel in PANELS else Path(options.panel).stem
@@ -83,7 +82,7 @@ def evaluate(
 
 def _run_fold(
     fold: Fold, sections: dict[str, Section], options: M2OSTOptions, folder: Path, checkpoints: Path
-) -> list[dict[str, object]]:
+) -> list[dict[Any, Any]]:
     """Fit every method on the training slides of a fold; return a row for each test slide, gene and method."""
     training, test = ([sections[s] for s in side] for side in (fold.train, fold.test))
     panel = choose_panel(training, options.panel, options.n_genes)
@@ -103,9 +102,7 @@ def _run_fold(
             scores = score(truth, predicted[end - len(truth) : end])
             scores.insert(0, "gene", panel)
             scores.insert(0, "method", method)
-            rows += scores.assign(
-                fold=fold.name, slide=section.slide_id, patient=section.patient_id
-            ).to_dict("records")
+            rows += scores.assign(fold=fold.name, slide=section.slide_id, patient=section.patient_id).to_dict("records")
     return rows
 
 
@@ -168,9 +165,7 @@ def summarise(evaluation: pd.DataFrame, panel: str, *, seed: int = 0) -> pd.Data
             values = table[metric].to_numpy()
             low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5))
             rows.append((method, panel, metric, values.mean(), low, high, len(values)))
-    return pd.DataFrame(
-        rows, columns=["method", "panel", "metric", "mean", "ci_low", "ci_high", "n_patients"]
-    )
+    return pd.DataFrame(rows, columns=["method", "panel", "metric", "mean", "ci_low", "ci_high", "n_patients"])
 
 
 def read_evaluation(path: Path) -> pd.DataFrame:
@@ -184,9 +179,7 @@ def read_evaluation(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_csv(path, sep="\t", dtype={"fold": str, "slide": str, "patient": str, "gene": str})
     except (OSError, ValueError) as error:
-        raise HistrataError(
-            f"{path}: not an evaluation ({error}); write it with `histrata m2ost evaluate`"
-        ) from error
+        raise HistrataError(f"{path}: not an evaluation ({error}); write it with `histrata m2ost evaluate`") from error
     missing = [column for column in _COLUMNS if column not in table]
     if missing:
         raise HistrataError(f"{path}: column '{missing[0]}' is missing; write it with `histrata m2ost evaluate`")
@@ -203,7 +196,7 @@ def gene_scores(evaluation: pd.DataFrame) -> pd.DataFrame:
     """
     slides = evaluation.groupby(["gene", "method", "patient", "slide"])[["pearson", "rmse"]].mean()
     patients = slides.groupby(["gene", "method", "patient"]).mean()
-    means = patients.groupby(["gene", "method"]).mean().unstack("method")
+    means: Any = patients.groupby(["gene", "method"]).mean().unstack("method")
     means.columns = [f"cv_{metric}_{method}" for metric, method in means.columns]
-    means["cv_n_patients"] = evaluation.groupby("gene")["patient"].nunique()
-    return means
+    scores: pd.DataFrame = means.assign(cv_n_patients=evaluation.groupby("gene")["patient"].nunique())
+    return scores

@@ -92,7 +92,7 @@ class M2OSTConfig:
     dropout
         Share of the values dropped in training after attention and in the feed-forward networks.
     patch_norm
-        Whether every patch is normalised by its own mean and variance (True, as published), or all pixels alike.
+        Whether each patch is normalised by its own mean and variance (True, published) or all pixels alike.
     pre_norm
         Whether tokens are normalised before the ITMM.
     cross_residual
@@ -223,9 +223,7 @@ class ITMM(nn.Module):
         inner = config.heads * config.dim_head
         self.heads = config.heads
         self.norm = nn.LayerNorm(config.dim) if config.pre_norm else nn.Identity()
-        self.to_qkv = nn.ModuleList(
-            _linear(config.dim, 3 * inner, bias=False) for _ in range(config.n_levels)
-        )
+        self.to_qkv = nn.ModuleList(_linear(config.dim, 3 * inner, bias=False) for _ in range(config.n_levels))
         self.to_out = nn.ModuleList(_linear(inner, config.dim) for _ in range(config.n_levels))
         self.dropout = nn.Dropout(config.dropout)
 
@@ -264,20 +262,13 @@ class CTMM(nn.Module):
         inner = config.cross_heads * config.dim_head
         self.heads, self.residual = config.cross_heads, config.cross_residual
         self.norm = nn.LayerNorm(config.dim)
-        self.to_qkv = nn.ModuleList(
-            _linear(config.dim, 3 * inner, bias=False) for _ in range(config.n_levels)
-        )
-        self.to_out = nn.ModuleList(
-            _linear((config.n_levels - 1) * inner, config.dim) for _ in range(config.n_levels)
-        )
+        self.to_qkv = nn.ModuleList(_linear(config.dim, 3 * inner, bias=False) for _ in range(config.n_levels))
+        self.to_out = nn.ModuleList(_linear((config.n_levels - 1) * inner, config.dim) for _ in range(config.n_levels))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """Gather for the tokens (n, tokens, dim) of each level what attention finds in the other levels."""
-        qkv = [
-            _split_heads(to_qkv(self.norm(x)), self.heads)
-            for x, to_qkv in zip(levels, self.to_qkv, strict=True)
-        ]
+        qkv = [_split_heads(to_qkv(self.norm(x)), self.heads) for x, to_qkv in zip(levels, self.to_qkv, strict=True)]
         mixed = []
         for level, to_out in enumerate(self.to_out):
             query = qkv[level][0]
@@ -361,9 +352,7 @@ class M2OST(nn.Module):
         expected = (len(views[0]), 3, self.config.size, self.config.size)
         for level, view in enumerate(views):
             if view.shape != expected:
-                raise HistrataError(
-                    f"level {level} has shape {tuple(view.shape)}, where {expected} is expected"
-                )
+                raise HistrataError(f"level {level} has shape {tuple(view.shape)}, where {expected} is expected")
             if not view.is_floating_point():
                 raise HistrataError(f"level {level} is {view.dtype}, where floats in 0..1 are expected")
 
@@ -541,16 +530,12 @@ def _published_names(depth: int) -> dict[str, tuple[str, ...]]:
     for level in range(3):
         names[f"dpe.positions.{level}"] = (f"pos_embedding{level + 1}",)
         # The published sequence begins with the cutting into patches, ours does not.
-        pairs += [
-            (f"dpe.embeddings.{level}.{i}", f"to_patch_embedding{level + 1}.{i + 1}") for i in (0, 1, 3, 4)
-        ]
+        pairs += [(f"dpe.embeddings.{level}.{i}", f"to_patch_embedding{level + 1}.{i + 1}") for i in (0, 1, 3, 4)]
     for layer in range(depth):
         ours, theirs = f"layers.{layer}", f"transformer.layers.{layer}"
         for level in range(3):
             names[f"{ours}.0.to_qkv.{level}.weight"] = (f"{theirs}.0.to_qkv{level + 1}.weight",)
-            names[f"{ours}.2.to_qkv.{level}.weight"] = tuple(
-                f"{theirs}.2.to_{x}{level}.weight" for x in "qkv"
-            )
+            names[f"{ours}.2.to_qkv.{level}.weight"] = tuple(f"{theirs}.2.to_{x}{level}.weight" for x in "qkv")
             pairs.append((f"{ours}.0.to_out.{level}", f"{theirs}.0.to_out{level + 1}.0"))
             pairs.append((f"{ours}.2.to_out.{level}", f"{theirs}.2.to_out{level}.0"))
         pairs += [(f"{ours}.1.net.{i}", f"{theirs}.1.split_mlp.{i}") for i in (0, 1, 4)]

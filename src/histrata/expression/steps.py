@@ -108,12 +108,13 @@ def _held_out(slide_id: str, folds: Path) -> str | None:
 def _card(model: TrainedModel, evaluation: pd.DataFrame | None) -> str:
     """Describe the model in Markdown: what it is, what it saw, how well it did beside the baselines."""
     config = model.config
-    fields = ", ".join(f"{model.size * mpp:g} um at {mpp:g} um/px" for mpp in model.mpp)
+    fields = ", ".join(f"{model.size * mpp:.4g} um at {mpp:.4g} um/px" for mpp in model.mpp)
     patients = sorted(set(config["trained_on"].values()))
     lines = [
         f"# {config['model']}",
         "",
-        f"Predicts {config['target']} for {len(model.genes)} genes (`genes.tsv`) from windows of {fields} around a spot.",
+        f"Predicts {config['target']} for {len(model.genes)} genes (`genes.tsv`) from windows of {fields} "
+        "around a spot.",
         "",
         f"Trained on {config['n_spots']} spots of {len(config['trained_on'])} slides "
         f"({', '.join(sorted(config['trained_on']))}) of {len(patients)} patients ({', '.join(patients)}).",

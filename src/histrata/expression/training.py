@@ -45,9 +45,10 @@ class M2OSTOptions:
         A name from `histrata.list_models()`.
     model_options
         Keys of the model's configuration that differ from the variant's.
-    mpp
-        um/px of each level, finest first; each twice the one before, since the model cuts the field of view of the
-        finest level out of the coarser ones.
+    levels
+        Number of levels of a spot.
+    field_um
+        Side of the finest level's windows in um; each further level sees twice as far, as the model asks.
     size
         Side of the windows in px; None takes the variant's.
     panel, n_genes
@@ -64,26 +65,25 @@ class M2OSTOptions:
 
     model: str = "m2ost_small"
     model_options: Mapping[str, Any] = field(default_factory=dict)
-    mpp: tuple[float, ...] = (1.0, 2.0, 4.0)
+    levels: int = 3
+    field_um: float = 154.0
     size: int | None = None
     panel: str = "highly_expressed"
     n_genes: int = 250
     epochs: int = 15
     batch_size: int = 32
     learning_rate: float = 1e-3
-    weight_decay: float = 0.01
+    weight_decay: float = 0.05
     jitter: float = 0.05
     seed: int = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if not self.mpp or any(abs(b / a - 2) > 0.01 for a, b in zip(self.mpp, self.mpp[1:], strict=False)):
-            raise HistrataError(
-                f"m2ost.mpp is {list(self.mpp)}; give the um/px of each level, finest first, each twice the one before"
-            )
-        for name in ("n_genes", "epochs", "batch_size"):
+        for name in ("levels", "n_genes", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.field_um <= 0:
+            raise HistrataError(f"m2ost.field_um is {self.field_um}; give the side of the finest windows in um")
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,7 @@ class _Regression(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train(
-    sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptions, checkpoints: Path
-) -> TrainedModel:
+def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptions, checkpoints: Path) -> TrainedModel:
     """Train a model on all spots of some sections for a fixed number of epochs.
 
     Parameters
@@ -202,16 +200,15 @@ def train(
     """
     device = find_device(options.device)
     overrides = {**options.model_options, **({"size": options.size} if options.size else {})}
-    network = create_model(
-        options.model, seed=options.seed, n_genes=len(panel), n_levels=len(options.mpp), **overrides
-    )
+    network = create_model(options.model, seed=options.seed, n_genes=len(panel), n_levels=options.levels, **overrides)
     architecture: Any = network.config
+    mpp = tuple(options.field_um * wider / architecture.size for wider in architecture.fields_of_view)
     targets = np.concatenate([s.targets(panel) for s in sections])
     mean, std = targets.mean(axis=0), targets.std(axis=0)
     std = np.where(std > 0, std, 1).astype(np.float32)
     windows = SpotWindows(
         sections,
-        options.mpp,
+        mpp,
         architecture.size,
         targets=(targets - mean) / std,
         augment=True,
@@ -221,7 +218,7 @@ def train(
     config = {
         "model": options.model,
         "architecture": asdict(architecture),
-        "mpp": list(options.mpp),
+        "mpp": list(mpp),
         "size": architecture.size,
         "target": "log1p of counts per 10,000 over the whole library",
         "trained_on": {s.slide_id: s.patient_id for s in sections},
@@ -236,12 +233,10 @@ def train(
     _fit(module, windows, options, device, checkpoints / key)
     config["loss"] = [round(loss, 6) for loss in module.losses]
     network.to("cpu")
-    return TrainedModel(network, list(panel), mean, std, options.mpp, architecture.size, config)
+    return TrainedModel(network, list(panel), mean, std, mpp, architecture.size, config)
 
 
-def _fit(
-    module: _Regression, windows: SpotWindows, options: M2OSTOptions, device: torch.device, folder: Path
-) -> None:
+def _fit(module: _Regression, windows: SpotWindows, options: M2OSTOptions, device: torch.device, folder: Path) -> None:
     """Run Lightning, from the last checkpoint in `folder` where there is one."""
     last = folder / "last.ckpt"
     with _local_random_state(device), _quiet():
@@ -332,6 +327,4 @@ def load_model(folder: Path) -> TrainedModel:
             f"{folder}: not a whole M2OST model ({str(error).splitlines()[0]}); train it again with "
             "`histrata m2ost train`"
         ) from error
-    return TrainedModel(
-        network, genes.tolist(), mean, std, tuple(config["mpp"]), int(config["size"]), config
-    )
+    return TrainedModel(network, genes.tolist(), mean, std, tuple(config["mpp"]), int(config["size"]), config)

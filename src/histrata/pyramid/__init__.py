@@ -1,6 +1,5 @@
-"""What the rest of the program reads: multi-scale OME-Zarr pyramids."""
+"""What the rest of the program reads: multi-scale OME-Zarr pyramids (written by `histrata.pyramid.writer`)."""
 
 from histrata.pyramid.reader import Pyramid
-from histrata.pyramid.writer import write_pyramid
 
-__all__ = ["Pyramid", "write_pyramid"]
+__all__ = ["Pyramid"]

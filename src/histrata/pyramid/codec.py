@@ -97,9 +97,8 @@ class JpegCodec(ArrayBytesCodec):
         if self.encoded_color_space is None:
             grey = np.ascontiguousarray(chunk.reshape(chunk.shape[:2]))
             return bytes(imagecodecs.jpeg8_encode(grey, level=self.quality))
-        name = {v: k for k, v in _SUBSAMPLING.items()}[
-            self.subsampling or _SUBSAMPLING["420" if self.encoded_color_space == "ycbcr" else "444"]
-        ]
+        default = _SUBSAMPLING["420" if self.encoded_color_space == "ycbcr" else "444"]
+        name = next(name for name, factors in _SUBSAMPLING.items() if factors == (self.subsampling or default))
         return bytes(
             imagecodecs.jpeg8_encode(
                 np.ascontiguousarray(chunk),

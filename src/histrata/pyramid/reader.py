@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,10 @@ class Pyramid:
         self.path = Path(path)
         try:
             group = zarr.open_group(self.path, mode="r")
-            self.info: dict[str, Any] = dict(group.attrs["histrata"])  # type: ignore[call-overload]
+            info: Any = group.attrs["histrata"]
         except (FileNotFoundError, KeyError, zarr.errors.GroupNotFoundError) as error:
             raise HistrataError(f"{path}: not a Histrata pyramid; write it with `histrata pyramid`") from error
+        self.info: dict[str, Any] = dict(info)
         self.mpp = float(self.info["mpp"])
         width, height = self.info["size"]
         self.size: tuple[int, int] = (int(width), int(height))
@@ -116,7 +117,7 @@ class Pyramid:
         # Neighbouring windows share tiles, which the cache keeps: go through them in the order of the shards.
         tiles = (centres / (2**level * self._levels[level].tile)).astype(int)
         order = np.lexsort((tiles[:, 0], tiles[:, 1]))
-        # The matrices of one window are too small to share among BLAS threads, which would only get in each other's way.
+        # The matrices of one window are too small to share among BLAS threads, which would only be in the way.
         with _blas().limit(limits=1, user_api="blas"), ThreadPoolExecutor(threads or _cores()) as pool:
             list(pool.map(read, order))
         return windows, self.missing_fraction(centres, size_px * mpp / self.mpp)
@@ -206,7 +207,7 @@ class _Level:
         right, bottom = min(x + width, self.width), min(y + height, self.height)
         for ty in range(max(y, 0) // t, -(-bottom // t)):
             for tx in range(max(x, 0) // t, -(-right // t)):
-                pixels = self._cache.get((self.folder, ty, tx), lambda ty=ty, tx=tx: self._tile(ty, tx))
+                pixels = self._cache.get((self.folder, ty, tx), partial(self._tile, ty, tx))
                 if pixels is None:
                     continue
                 top, left = max(y, ty * t), max(x, tx * t)

@@ -31,9 +31,7 @@ _GRID = 8
 _DARK, _BRIGHT = 60, 180
 
 
-def check_slides(
-    rows: Sequence[SlideRow], preflight: Preflight | None = None, threads: int = 1
-) -> pd.DataFrame:
+def check_slides(rows: Sequence[SlideRow], preflight: Preflight | None = None, threads: int = 1) -> pd.DataFrame:
     """Open every slide of a sheet and read a small region of each of its levels.
 
     Parameters
@@ -75,9 +73,7 @@ def _check(row: SlideRow, preflight: Preflight | None) -> dict[str, Any]:
     return verdict | {"status": "warning" if warnings else "accepted", "reason": " ".join(warnings)}
 
 
-def _examine(
-    row: SlideRow, reader: Reader, preflight: Preflight | None, verdict: dict[str, Any]
-) -> list[str]:
+def _examine(row: SlideRow, reader: Reader, preflight: Preflight | None, verdict: dict[str, Any]) -> list[str]:
     """Write into `verdict` what is known of an open slide, and return what is odd about it."""
     candidates = list_candidates(row.mpp, reader.evidence)
     verdict |= {

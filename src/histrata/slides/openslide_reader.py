@@ -37,9 +37,7 @@ class OpenSlideReader:
         self.magnification = number(properties.get("openslide.objective-power"))
         self.bounds = self._bounds()
         self.evidence = Evidence(
-            vendor=positive_pair(
-                number(properties.get("openslide.mpp-x")), number(properties.get("openslide.mpp-y"))
-            ),
+            vendor=positive_pair(number(properties.get("openslide.mpp-x")), number(properties.get("openslide.mpp-y"))),
             resolution=resolution_mpp(
                 number(properties.get("tiff.XResolution")) or 0,
                 number(properties.get("tiff.YResolution")) or 0,
@@ -90,9 +88,7 @@ class OpenSlideReader:
         downsample = self.levels[level].downsample
         columns, rows = self._cuts(x, width, level, "width"), self._cuts(y, height, level, "height")
         handle = self._open()
-        for (top, bottom), (left, right) in itertools.product(
-            itertools.pairwise(rows), itertools.pairwise(columns)
-        ):
+        for (top, bottom), (left, right) in itertools.product(itertools.pairwise(rows), itertools.pairwise(columns)):
             at = (x + round(left * downsample), y + round(top * downsample))
             try:
                 cell = _read(handle, at, level, (right - left, bottom - top))
@@ -126,9 +122,7 @@ class OpenSlideReader:
         self._handle.close()
 
 
-def _read(
-    handle: openslide.OpenSlide, at: tuple[int, int], level: int, size: tuple[int, int]
-) -> tuple[Rgb, Mask]:
+def _read(handle: openslide.OpenSlide, at: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[Rgb, Mask]:
     return flatten(np.asarray(handle.read_region(at, level, size)))
 
 

@@ -65,9 +65,7 @@ def blank(width: int, height: int) -> tuple[Rgb, Mask]:
     return np.full((height, width, 3), WHITE, np.uint8), np.ones((height, width), np.bool_)
 
 
-def paste(
-    region: tuple[Rgb, Mask], origin: tuple[int, int], tile: tuple[Rgb, Mask], at: tuple[int, int]
-) -> None:
+def paste(region: tuple[Rgb, Mask], origin: tuple[int, int], tile: tuple[Rgb, Mask], at: tuple[int, int]) -> None:
     """Copy the part of a tile that falls into a region; `origin` and `at` are their (x, y) in level px."""
     (rgb, missing), (tile_rgb, tile_missing) = region, tile
     left, top = max(origin[0], at[0]), max(origin[1], at[1])

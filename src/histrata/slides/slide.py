@@ -143,9 +143,7 @@ def _cut(source: int, target: int) -> list[tuple[int, int, int, int]]:
     """Cut a side of `source` px, to be scaled to `target` px, into blocks: (from, to) of both."""
     step = max(1, int(_BLOCK * target / source))
     edges = [*range(0, target, step), target]
-    return [
-        (round(a * source / target), round(b * source / target), a, b) for a, b in itertools.pairwise(edges)
-    ]
+    return [(round(a * source / target), round(b * source / target), a, b) for a, b in itertools.pairwise(edges)]
 
 
 def open_slide(path: Path, mpp: float | None = None) -> Slide:

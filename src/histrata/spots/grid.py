@@ -14,7 +14,7 @@ Arrangement = Literal["hexagonal", "square"]
 _QUAD_SEGMENTS = 16
 
 
-def grid_on_tissue(  # noqa: PLR0917
+def grid_on_tissue(
     tissue: shapely.Geometry,
     mpp: float,
     pitch_um: float,
@@ -86,9 +86,7 @@ def _places(start: float, stop: float, step: float) -> NDArray[np.int64]:
     return np.arange(first, int(np.ceil(stop / step)) + 1, dtype=np.int64)
 
 
-def tissue_fraction(
-    xy: NDArray[np.float64], tissue: shapely.Geometry, diameter_px: float
-) -> NDArray[np.float64]:
+def tissue_fraction(xy: NDArray[np.float64], tissue: shapely.Geometry, diameter_px: float) -> NDArray[np.float64]:
     """Give the share (n,) of each spot's disc that is tissue, 0 to 1.
 
     Parameters
@@ -100,9 +98,7 @@ def tissue_fraction(
     diameter_px
         Diameter of a spot in level-0 px.
     """
-    discs = shapely.buffer(
-        shapely.points(np.asarray(xy, np.float64)), diameter_px / 2, quad_segs=_QUAD_SEGMENTS
-    )
+    discs = shapely.buffer(shapely.points(np.asarray(xy, np.float64)), diameter_px / 2, quad_segs=_QUAD_SEGMENTS)
     fraction = np.zeros(len(discs))
     shapely.prepare(tissue)
     # Most discs lie within the tissue or off it, which is quick to tell; only the others are cut.

@@ -65,9 +65,7 @@ def _open(path: Path) -> h5py.File:
     file = h5py.File(path)
     if "matrix/barcodes" in file:
         file.close()
-        raise TableError(
-            f"{path}: a matrix of Space Ranger without positions; give the folder that it lies in"
-        )
+        raise TableError(f"{path}: a matrix of Space Ranger without positions; give the folder that it lies in")
     if "obs" not in file or "var" not in file:
         file.close()
         raise TableError(f"{path}: an HDF5 file, but not AnnData; write it with AnnData.write_h5ad")
@@ -80,14 +78,10 @@ def _read_spots(file: h5py.File, row: SlideRow) -> tuple[Spots, NDArray[np.intp]
     obs: pd.DataFrame = read_elem(file["obs"])
     barcodes = obs.index.to_numpy(dtype=np.str_)
     refuse_repeated(barcodes, path, "spot")
-    on_tissue = (
-        obs["in_tissue"].astype(float).to_numpy() == 1 if "in_tissue" in obs else np.ones(len(obs), bool)
-    )
+    on_tissue = obs["in_tissue"].astype(float).to_numpy() == 1 if "in_tissue" in obs else np.ones(len(obs), bool)
     rows = np.flatnonzero(on_tissue)
     if not len(rows):
-        raise TableError(
-            f"{path}: none of its {len(obs)} spots is on tissue; correct the column obs['in_tissue']"
-        )
+        raise TableError(f"{path}: none of its {len(obs)} spots is on tissue; correct the column obs['in_tissue']")
     xy, notes = _positions(file, obs, path)
     xy = xy[rows]
     refuse_unplaced(barcodes[rows], xy, path)
@@ -119,9 +113,7 @@ def _positions(file: h5py.File, obs: pd.DataFrame, path: Path) -> tuple[NDArray[
         return obs[list(_POSITIONS)].to_numpy(np.float64), ()
     if set(_ROW_FIRST) <= set(obs.columns):
         return obs[list(_ROW_FIRST)].to_numpy(np.float64), (_ROW_FIRST_NOTE,)
-    raise TableError(
-        f"{path}: no positions found; put the spot centres (x, y in level-0 pixels) into obsm['spatial']"
-    )
+    raise TableError(f"{path}: no positions found; put the spot centres (x, y in level-0 pixels) into obsm['spatial']")
 
 
 def _diameter_px(file: h5py.File) -> float | None:

@@ -135,9 +135,7 @@ def _read_counts(path: Path) -> tuple[list[str], NDArray[np.str_], NDArray[np.in
         )
     fault = not_counts(values)
     if fault:
-        raise TableError(
-            f"{path}: found {fault}, expected raw counts; give the table from before it was normalised"
-        )
+        raise TableError(f"{path}: found {fault}, expected raw counts; give the table from before it was normalised")
     return genes, names, values.astype(np.int32)
 
 
@@ -149,11 +147,7 @@ def _said(error: ValueError, names: NDArray[np.str_]) -> str:
         before, now, row = (int(number) for number in changed.groups())
         return f"spot '{names[row - 1]}' has {now} counts where the rows before it have {before}"
     cell = re.search(r"string '?(.*?)'? to \w+ at row (\d+)", text)
-    return (
-        f"spot '{names[int(cell[2])]}' holds '{cell[1]}'"
-        if cell
-        else f"it is not a table of numbers ({text})"
-    )
+    return f"spot '{names[int(cell[2])]}' holds '{cell[1]}'" if cell else f"it is not a table of numbers ({text})"
 
 
 def _names(path: Path) -> tuple[list[str], NDArray[np.str_]]:
@@ -162,9 +156,7 @@ def _names(path: Path) -> tuple[list[str], NDArray[np.str_]]:
     header = [cell.strip('"') for cell in lines[0].split("\t")] if lines else []
     _refuse_commas(header, path)
     if len(lines) < 2 or "\t" not in lines[1]:
-        raise TableError(
-            f"{path}: found no row of counts; expected a row for each spot and a column for each gene"
-        )
+        raise TableError(f"{path}: found no row of counts; expected a row for each spot and a column for each gene")
     # R writes the header without a cell over the names of the rows.
     genes = header if len(header) == lines[1].count("\t") else header[1:]
     names = []
@@ -179,9 +171,7 @@ def _names(path: Path) -> tuple[list[str], NDArray[np.str_]]:
 
 def _misnamed(name: str, genes: list[str]) -> str:
     if genes and _PLACE.fullmatch(genes[0]):
-        return (
-            f"the row is named '{name}' and the columns after spots; turn the table, so that spots are rows"
-        )
+        return f"the row is named '{name}' and the columns after spots; turn the table, so that spots are rows"
     return f"the row is named '{name}', expected the place of a spot such as '10x14'; rename the rows"
 
 

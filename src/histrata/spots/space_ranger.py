@@ -55,9 +55,7 @@ def read(row: SlideRow) -> Measured:
     matrix, features = _read_matrix(path)
     fault = not_counts(matrix.data)
     if fault:
-        raise TableError(
-            f"{path}: found {fault}, expected raw counts; give the folder as Space Ranger wrote it"
-        )
+        raise TableError(f"{path}: found {fault}, expected raw counts; give the folder as Space Ranger wrote it")
     genes = np.flatnonzero(features["type"] == "Gene Expression")
     ids = features["id"].iloc[genes].tolist()
     symbols, renamed = unique_symbols(features["name"].iloc[genes].tolist(), ids)
@@ -129,9 +127,7 @@ def _read_positions(folder: Path) -> tuple[Path, pd.DataFrame]:
                 f"{folder / 'tissue_positions.parquet'}: positions in Parquet (Visium HD) are not read; save "
                 f"them as {_POSITIONS[0]} beside it, with the same columns"
             )
-        raise TableError(
-            f"{folder}: found neither {' nor '.join(_POSITIONS)}; copy Space Ranger's 'spatial' folder"
-        )
+        raise TableError(f"{folder}: found neither {' nor '.join(_POSITIONS)}; copy Space Ranger's 'spatial' folder")
     with path.open(encoding="utf-8-sig") as stream:
         named = stream.readline().startswith("barcode")
     table = pd.read_csv(path, header=0 if named else None, names=None if named else _COLUMNS, index_col=False)
@@ -159,9 +155,7 @@ def _read_matrix(path: Path) -> tuple[sparse.csr_matrix, pd.DataFrame]:
     """Read the matrix as (barcodes, features), and the features: id, name, type."""
     if path.is_dir():
         matrix = sparse.csr_matrix(scipy.io.mmread(_stored(path, "matrix.mtx")).T)
-        features = pd.DataFrame(
-            {"id": _column(path, "features.tsv", 0), "name": _column(path, "features.tsv", 1)}
-        )
+        features = pd.DataFrame({"id": _column(path, "features.tsv", 0), "name": _column(path, "features.tsv", 1)})
         features["type"] = _column(path, "features.tsv", 2)
     else:
         with _open(path) as file:
@@ -205,7 +199,5 @@ def _column(folder: Path, name: str, index: int) -> pd.Series[str]:
     content = gzip.decompress(content) if path.suffix == ".gz" else content
     table = pd.read_csv(io.BytesIO(content), sep="\t", header=None, dtype=str, keep_default_na=False)
     if index not in table:
-        raise TableError(
-            f"{path}: found {table.shape[1]} columns, expected more; give it as Space Ranger wrote it"
-        )
+        raise TableError(f"{path}: found {table.shape[1]} columns, expected more; give it as Space Ranger wrote it")
     return table[index]

@@ -72,9 +72,7 @@ class Cohort:
         """Return the cohort of these patients alone."""
         rows = self.patients.index.get_indexer(pd.Index(sorted(patient_ids)))
         if (rows < 0).any():
-            raise TableError(
-                f"{int((rows < 0).sum())} patient(s) asked for are not in the cohort; check the ids."
-            )
+            raise TableError(f"{int((rows < 0).sum())} patient(s) asked for are not in the cohort; check the ids.")
         return replace(self, patients=self.patients.iloc[rows], pool=self.pool[rows])
 
     def followed(self, known: bool = True) -> Cohort:
@@ -83,9 +81,7 @@ class Cohort:
         return self.take(list(self.patients.index[has == known]))
 
 
-def read_cohort(
-    patients: pd.DataFrame, embeddings: Sequence[Path], covariates: Sequence[str] | None = None
-) -> Cohort:
+def read_cohort(patients: pd.DataFrame, embeddings: Sequence[Path], covariates: Sequence[str] | None = None) -> Cohort:
     """Join the patient sheet and the embeddings of the slides by patient id.
 
     Nobody is dropped: a patient of the sheet without a slide, a patient without follow-up, and a slide
@@ -130,9 +126,7 @@ def read_cohort(
     return cohort
 
 
-def _read_sheet(
-    patients: pd.DataFrame, covariates: Sequence[str] | None
-) -> tuple[pd.DataFrame, tuple[str, ...]]:
+def _read_sheet(patients: pd.DataFrame, covariates: Sequence[str] | None) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """Check the patient sheet; give it with patient_id as sorted index, and the names of the covariates."""
     missing = [c for c in ("patient_id", "time", "event") if c not in patients]
     if missing:
@@ -143,9 +137,7 @@ def _read_sheet(
         if name not in extra:
             raise SheetError(f"The covariate '{name}' is not a column of the patient sheet; it has {extra}.")
         if name in RESERVED:
-            raise SheetError(
-                f"The column '{name}' of the patient sheet has a name that cohort.h5ad uses; rename it."
-            )
+            raise SheetError(f"The column '{name}' of the patient sheet has a name that cohort.h5ad uses; rename it.")
     sheet = patients.assign(patient_id=patients["patient_id"].astype(str)).set_index("patient_id")
     double = sheet.index[sheet.index.duplicated()]
     if len(double):
@@ -205,9 +197,7 @@ def _read_embeddings(
             continue
         row, total = _read_slide(table, path)
         if row["slide_id"] in sums:
-            raise TableError(
-                f"Slide '{row['slide_id']}' was given twice, the second time as {path}; give it once."
-            )
+            raise TableError(f"Slide '{row['slide_id']}' was given twice, the second time as {path}; give it once.")
         rows.append(row)
         sums[row["slide_id"]] = total
     columns = ["slide_id", "patient_id", "image", "n_spots", "path"]
@@ -227,9 +217,7 @@ def _read_slide(table: ad.AnnData, path: Path) -> tuple[dict[str, Any], NDArray[
     x = table.X.toarray() if hasattr(table.X, "toarray") else np.asarray(table.X)
     x = np.asarray(x[order], dtype=np.float32)
     if not np.isfinite(x).all():
-        raise TableError(
-            f"{path} holds features that are not finite numbers; make it again with `histrata embed`."
-        )
+        raise TableError(f"{path} holds features that are not finite numbers; make it again with `histrata embed`.")
     image = hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
     if "in_tissue" in table.obs:
         x = x[table.obs["in_tissue"].to_numpy()[order].astype(bool)]
@@ -249,9 +237,7 @@ def _pool(
     """Average over all spots of all slides of each patient; NaN where there is none."""
     total, count = np.zeros((len(ids), width)), np.zeros(len(ids))
     position = {patient: i for i, patient in enumerate(ids)}
-    for slide_id, patient_id, n in zip(
-        slides["slide_id"], slides["patient_id"], slides["n_spots"], strict=True
-    ):
+    for slide_id, patient_id, n in zip(slides["slide_id"], slides["patient_id"], slides["n_spots"], strict=True):
         total[position[patient_id]] += sums[slide_id]
         count[position[patient_id]] += n
     pool = np.full((len(ids), width), np.nan, dtype=np.float32)
@@ -267,9 +253,7 @@ def _tell(cohort: Cohort, in_sheet: set[str]) -> None:
     log.info("Cohort of %d patients, %d followed, %d events.", len(table), len(followed), events)
     lacking = {
         "are not in the patient sheet and are only predicted": [i for i in table.index if i not in in_sheet],
-        "have no follow-up and are only predicted": [
-            i for i in cohort.followed(False).patients.index if i in in_sheet
-        ],
+        "have no follow-up and are only predicted": [i for i in cohort.followed(False).patients.index if i in in_sheet],
         "have no slide and get the mean embedding of the training patients": list(
             table.index[(table["n_spots"] == 0) & bool(cohort.features)]
         ),

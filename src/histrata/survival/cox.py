@@ -173,9 +173,7 @@ def cox_methods(cohort: Cohort, components: int = 10, penalizer: float = 0.1) ->
     return methods
 
 
-def fit_cox(
-    cohort: Cohort, *, pool: bool, covariates: bool, components: int = 10, penalizer: float = 0.1
-) -> CoxModel:
+def fit_cox(cohort: Cohort, *, pool: bool, covariates: bool, components: int = 10, penalizer: float = 0.1) -> CoxModel:
     """Fit on all patients of the cohort that have follow-up.
 
     Parameters
@@ -285,9 +283,7 @@ def load_cox(folder: Path) -> CoxModel:
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise HistrataError(
-                f"{folder} has no {name}; give the folder that `histrata survival train` wrote."
-            )
+            raise HistrataError(f"{folder} has no {name}; give the folder that `histrata survival train` wrote.")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("format") != FORMAT:
         raise HistrataError(
@@ -295,8 +291,6 @@ def load_cox(folder: Path) -> CoxModel:
             "train the model again with this version."
         )
     arrays = load_file(folder / "model.safetensors")
-    pooling = Pooling(
-        tuple(config["features"]), *(arrays.pop(f"pool_{a}") for a in ("mean", "scale", "axes"))
-    )
+    pooling = Pooling(tuple(config["features"]), *(arrays.pop(f"pool_{a}") for a in ("mean", "scale", "axes")))
     covariates = tuple(Covariate(c["name"], c["fill"], tuple(c["levels"])) for c in config["covariates"])
     return CoxModel(pooling, covariates, cut=float(config["cut"]), **arrays)

@@ -264,9 +264,7 @@ def censoring_survival(time: ArrayLike, event: ArrayLike, at: ArrayLike) -> Arra
     return np.concatenate([[1.0], survival])[last]
 
 
-def uno_weights(
-    time: ArrayLike, event: ArrayLike, train_time: ArrayLike, train_event: ArrayLike, tau: float
-) -> Array:
+def uno_weights(time: ArrayLike, event: ArrayLike, train_time: ArrayLike, train_event: ArrayLike, tau: float) -> Array:
     """Return 1 / G(t)^2 of each patient with an event before tau, 0 of the others (Uno et al. 2011).
 
     G is positive before tau, since a training patient with an event at tau or later is still there.

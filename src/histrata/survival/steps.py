@@ -242,7 +242,6 @@ def _figures(figures: pd.DataFrame | None) -> list[str]:
         return ["Not evaluated: run `histrata survival evaluate` and train with its summary.tsv."]
     rows = ["| method | metric | value | 95 % interval over patients | patients |", "|---|---|---|---|---|"]
     return rows + [
-        f"| {row.method} | {row.metric} | {row.mean:.3f} | {row.ci_low:.3f} to {row.ci_high:.3f} "
-        f"| {row.n_patients} |"
+        f"| {row.method} | {row.metric} | {row.mean:.3f} | {row.ci_low:.3f} to {row.ci_high:.3f} | {row.n_patients} |"
         for row in figures.itertuples()
     ]

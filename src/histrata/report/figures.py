@@ -1,0 +1,210 @@
+"""The pictures of the page: tissue, methods beside each other, genes on the tissue.
+
+All of them are drawn with matplotlib's object interface: no state is shared with the caller, and the same
+numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import EllipseCollection
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from scipy.spatial import cKDTree
+
+from histrata.errors import HistrataError
+
+_THUMBNAIL_PX = 480
+_JPEG = {"quality": 85, "subsampling": 0}
+# Blue for the model, grey for what it is measured against; both hold against white for any colour vision.
+_MAIN, _OTHER, _POINT = "#0B5FA5", "#4D4D4D", "#8A8A8A"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded picture, with its width and height in px."""
+
+    data: bytes
+    kind: str
+    width: int
+    height: int
+
+    @classmethod
+    def of(cls, data: bytes) -> Picture:
+        """Wrap the bytes of a PNG or JPEG; raises OSError (PIL's) for anything else."""
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            image.load()
+            return cls(data, str(image.format).lower(), *image.size)
+
+    @property
+    def uri(self) -> str:
+        """The picture as a `data:` address, which needs no second file."""
+        return f"data:image/{self.kind};base64,{base64.b64encode(self.data).decode()}"
+
+
+def read_picture(path: Path) -> Picture:
+    """Read a PNG or JPEG as it is; a file that is neither raises HistrataError."""
+    try:
+        return Picture.of(path.read_bytes())
+    except OSError as error:
+        raise HistrataError(f"{path}: not a readable picture ({error}); delete it and run the workflow") from error
+
+
+def read_thumbnail(path: Path) -> Picture:
+    """Read a picture as a JPEG of at most 480 px; a file that is none raises HistrataError."""
+    picture = read_picture(path)
+    with Image.open(io.BytesIO(picture.data)) as image:
+        small = image.convert("RGB")
+    small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS, reducing_gap=None)
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", **_JPEG)
+    return Picture.of(stream.getvalue())
+
+
+def draw_methods(
+    summary: pd.DataFrame, patients: Sequence[np.ndarray], labels: Sequence[str], main: int | None, title: str
+) -> Picture:
+    """Draw one metric of every method: the mean, its interval, and a point for each patient.
+
+    Parameters
+    ----------
+    summary
+        A row a method, from top to bottom: `mean`, `ci_low`, `ci_high`.
+    patients
+        For each method, the value of each patient; may be empty.
+    labels
+        Name of each method.
+    main
+        The row to stand out.
+    title
+        What the axis shows, with its unit.
+    """
+    n = len(summary)
+    figure = Figure(figsize=(4.4, 1.0 + 0.5 * n), layout="constrained")
+    axes = figure.subplots()
+    for row, (values, one) in enumerate(zip(patients, summary.itertuples(), strict=True)):
+        colour = _MAIN if row == main else _OTHER
+        axes.plot(values, np.full(len(values), row + 0.26), "o", ms=4.5, mfc="none", mec=_POINT, mew=0.9)
+        axes.plot([one.ci_low, one.ci_high], [row, row], color=colour, lw=2.4, solid_capstyle="butt")
+        axes.plot(one.mean, row, "o", ms=7.5, color=colour)
+    axes.axvline(0, color="#BBBBBB", lw=0.8, zorder=0)
+    axes.set_yticks(range(n), labels, fontsize=10, parse_math=False)
+    axes.set_ylim(n - 0.45, -0.5)
+    axes.set_xlabel(title, fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.tick_params(axis="x", labelsize=9)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#EEEEEE")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return _png(figure)
+
+
+def draw_gene(
+    image: np.ndarray, scale: float, xy: np.ndarray, diameter: float, um_per_px: float, panels: Mapping[str, np.ndarray]
+) -> Picture:
+    """Draw values of spots on the tissue, one panel for each entry of `panels`, each with its colour bar.
+
+    A scale of colours runs from the 2nd to the 98th percentile of the values of its own panel: what a model
+    predicts varies less than what was counted at single spots, and on a shared scale it would show no pattern.
+
+    Parameters
+    ----------
+    image
+        uint8 (height, width, 3), the slide, `scale` image px for each level-0 px.
+    xy
+        (n, 2) spot centres in level-0 px; n >= 1.
+    diameter
+        Of a spot in level-0 px. Where spots lie far apart they are drawn larger, to 80 % of their distance.
+    um_per_px
+        um for each level-0 px.
+    panels
+        Title to (n,) values.
+    """
+    places, shown = xy * scale, _spread(xy, diameter) * scale
+    left, top, right, bottom = _frame(places, shown)
+    height = 2.1 * min(1.6, max(0.5, (bottom - top) / (right - left))) + 0.72
+    figure = Figure(figsize=(2.15 * len(panels), height), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        # Paled, so that the colours of the spots are read as they are meant.
+        axes.imshow(255 - (255 - image.astype(np.float32)) * 0.45, interpolation="bilinear", vmin=0, vmax=255)
+        _draw_spots(figure, axes, places, shown, values)
+        axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
+        axes.set_title(title, fontsize=9, pad=3)
+        axes.spines[:].set_visible(False)
+        _draw_scale_bar(axes, um_per_px / scale)
+    return _jpeg(figure)
+
+
+def _draw_spots(figure: Figure, axes: Axes, places: np.ndarray, shown: float, values: np.ndarray) -> None:
+    low, high = np.percentile(values, (2, 98))
+    # Values that are all the same still need a scale of some width.
+    high = max(high, low + 1e-6 * max(1.0, abs(low)))
+    spots = EllipseCollection(
+        shown, shown, 0, units="xy", offsets=places, offset_transform=axes.transData, array=values, cmap="viridis"
+    )
+    spots.set(clim=(low, high), linewidth=0)
+    axes.add_collection(spots)
+    bar = figure.colorbar(spots, ax=axes, orientation="horizontal", fraction=0.05, pad=0.03, aspect=28)
+    bar.locator = MaxNLocator(3)
+    bar.update_ticks()
+    bar.ax.tick_params(labelsize=7.5, length=2, pad=1.5)
+    bar.outline.set_visible(False)  # type: ignore[operator]  # matplotlib's stubs take it for a spine dictionary
+
+
+def _spread(xy: np.ndarray, diameter: float) -> float:
+    """Diameter to draw spots with: theirs, or 80 % of the distance to the next one where that is more."""
+    if len(xy) < 2:
+        return diameter
+    distance = float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))
+    return max(diameter, 0.8 * distance)
+
+
+def _frame(places: np.ndarray, shown: float) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the spots with a margin, in image px."""
+    low, high = places.min(axis=0), places.max(axis=0)
+    margin = shown + 0.04 * float((high - low).max())
+    (left, top), (right, bottom) = low - margin, high + margin
+    return float(left), float(top), float(right), float(bottom)
+
+
+def _draw_scale_bar(axes: Axes, um_per_image_px: float) -> None:
+    """Draw a bar of a round length of at most a third of the panel, with its length in um or mm."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    width, height = right - left, bottom - top
+    third = width * um_per_image_px / 3
+    power = 10 ** math.floor(math.log10(third))
+    length = max(step * power for step in (1, 2, 5) if step * power <= third)
+    x, y = left + 0.04 * width, bottom - 0.045 * height
+    outline = [withStroke(linewidth=3, foreground="white")]
+    axes.plot([x, x + length / um_per_image_px], [y, y], color="black", lw=2, path_effects=outline)
+    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+    axes.text(x, y - 0.025 * height, text, fontsize=7.5, va="bottom", path_effects=outline)
+
+
+def _png(figure: Figure) -> Picture:
+    stream = io.BytesIO()
+    # Without the program's version in it, the same figure is the same file.
+    figure.savefig(stream, format="png", dpi=160, metadata={"Software": None})
+    with Image.open(stream) as image:
+        few = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    small = io.BytesIO()
+    few.save(small, "PNG", optimize=True)
+    return Picture.of(small.getvalue())
+
+
+def _jpeg(figure: Figure) -> Picture:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="jpeg", dpi=130, facecolor="white", pil_kwargs=_JPEG)
+    return Picture.of(stream.getvalue())
