@@ -112,10 +112,10 @@ def pyramid(
 @app.command()
 def tissue(
     folder: Folder,
-    mpp: Annotated[float, typer.Option(help="um/px at which tissue is looked for.")] = 4.0,
-    min_area_um2: Annotated[float, typer.Option(help="Smaller pieces are dropped.")] = 50_000.0,
-    max_hole_um2: Annotated[float, typer.Option(help="Smaller holes are filled.")] = 20_000.0,
-    smooth_um: Annotated[float, typer.Option(help="Gaps up to this width are closed.")] = 40.0,
+    mpp: Annotated[float, typer.Option(min=0, help="um/px at which tissue is looked for.")] = 4.0,
+    min_area_um2: Annotated[float, typer.Option(min=0, help="Smaller pieces are dropped.")] = 50_000.0,
+    max_hole_um2: Annotated[float, typer.Option(min=0, help="Smaller holes are filled.")] = 20_000.0,
+    smooth_um: Annotated[float, typer.Option(min=0, help="Gaps up to this width are closed.")] = 40.0,
 ) -> None:
     """Find the tissue of a slide; write tissue.geojson and tissue.png into its folder.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import jsonschema
 
 from histrata.errors import SheetError
 from histrata.sheets import schema
+
+_NUMBER = re.compile(r"[0-9]+\.?[0-9]*e[+-]?[0-9]+", re.IGNORECASE)
 
 
 def complete(config: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -54,6 +57,9 @@ def find_commands() -> None:
 
 def _filled(config: Any, rules: dict[str, Any]) -> Any:
     """Return a copy with the defaults of the schema's properties, section by section."""
+    if isinstance(config, str) and rules.get("type") == "number":
+        # YAML 1.1 reads 1e-3, without a point, as text.
+        return float(config) if _NUMBER.fullmatch(config) else config
     if not isinstance(config, dict) or "properties" not in rules:
         return config
     whole = dict(config)

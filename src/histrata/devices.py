@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from histrata.errors import HistrataError
@@ -17,10 +19,9 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or not (number or "0").isdigit():
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
         raise HistrataError(f"device '{name}' is unknown; choose auto, cpu, cuda, or cuda:N for one of several GPUs")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise HistrataError(
             f"device '{name}' was asked for, but torch sees {torch.cuda.device_count()} GPU(s) on this machine; "
             "set device to cpu or auto, or run where the GPU is"

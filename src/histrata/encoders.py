@@ -48,8 +48,8 @@ def load_encoder(name: str, weights: Path | None = None) -> nn.Module:
             model: nn.Module = timm.create_model(name, pretrained=weights is None, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:
         raise HistrataError(
-            f"encoder '{name}': its weights could not be loaded ({str(error).splitlines()[0]}); where there is no "
-            "internet, give a local safetensors file as embed.weights"
+            f"encoder '{name}': its weights could not be loaded ({_first_line(error)}); where there is no internet, "
+            "give a local safetensors file as embed.weights"
         ) from error
     if weights is not None:
         _load(model, name, weights)
@@ -57,20 +57,27 @@ def load_encoder(name: str, weights: Path | None = None) -> nn.Module:
 
 
 def _load(model: nn.Module, name: str, weights: Path) -> None:
-    """Load a file into a model; every weight of the model must be there."""
+    """Load a file into a model; every weight of the model must be there, and no other but a classifier's."""
+    settings: Any = model.pretrained_cfg
+    classifiers = settings.get("classifier") or ()
+    heads = tuple(f"{c}." for c in ([classifiers] if isinstance(classifiers, str) else classifiers))
     try:
-        state = load_file(weights)
+        state = {key: value for key, value in load_file(weights).items() if not key.startswith(heads)}
         keys = model.load_state_dict(state, strict=False)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise HistrataError(
-            f"{weights}: not weights of '{name}' ({str(error).splitlines()[0]}); give the safetensors file of this "
-            "encoder"
+            f"{weights}: not weights of '{name}' ({_first_line(error)}); give the safetensors file of this encoder"
         ) from error
-    if keys.missing_keys:
-        raise HistrataError(
-            f"{weights}: {len(keys.missing_keys)} weights of '{name}' are missing ({keys.missing_keys[0]}, ...); give "
-            "the safetensors file of this encoder"
-        )
+    for odd, fault in ((keys.missing_keys, "are missing"), (keys.unexpected_keys, "are not in the model")):
+        if odd:
+            raise HistrataError(
+                f"{weights}: not the weights of '{name}': {len(odd)} {fault} ({odd[0]}, ...); give the safetensors "
+                "file of this encoder"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def embed(
@@ -134,11 +141,13 @@ def _encode(
     settings = resolve_model_data_config(model)
     size = int(settings["input_size"][-1])
     mean, std = (torch.tensor(settings[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
-    width: Any = model.num_features
-    outputs = [np.zeros((0, width), dtype=np.float32)]
+    outputs = []
     with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
         for start in range(0, len(centres), batch_size):
             windows, _ = pyramid.windows(centres[start : start + batch_size], mpp, size)
             pixels = torch.from_numpy(windows).to(device).float() / 255
             outputs.append(model((pixels - mean) / std).float().cpu().numpy())
+        if not outputs:
+            # How many features there would be; not every model of timm says so.
+            outputs.append(model(torch.zeros(1, 3, size, size, device=device)).float().cpu().numpy()[:0])
     return np.concatenate(outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from histrata import __version__
+from histrata.errors import HistrataError
 
 SCHEMA_VERSION = "1"
 _BLOCK = 1 << 20
@@ -25,10 +27,20 @@ def whole(path: Path) -> Iterator[Path]:
 
     On any error, and on a kill, `path` is what it was before; what was written beside it is removed
     (after a kill: by the next run that writes the same path).
+
+    Raises
+    ------
+    HistrataError
+        Where the folder of `path` cannot be made or written to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.part"):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HistrataError(f"{path.parent}: this folder cannot be made ({error.strerror}); name another") from error
+    if not os.access(path.parent, os.W_OK):
+        raise HistrataError(f"{path.parent}: this folder cannot be written to; name another, or change its permissions")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*-*.part"):
         if not _alive(left):
             _remove(left)
     part = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part"
@@ -71,7 +83,8 @@ def digest(path: Path) -> str:
     sha = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         if path.is_dir():
-            sha.update(str(file.relative_to(path)).encode())
+            # With its end marked, so that no bytes can pass from one file to the next unseen.
+            sha.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(_BLOCK):
                 sha.update(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import difflib
 import math
 import os
@@ -17,6 +18,8 @@ import yaml
 from histrata.errors import SheetError
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+# `float` takes more, such as 1_000 and digits of other scripts.
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def read_slides(path: Path) -> list[SlideRow]:
     path = Path(path)
     rows: list[SlideRow] = []
     seen: dict[str, int] = {}
-    for line, record in _records(path, schema("slides")):
+    for line, record in _records(path, schema("slides"))[1]:
         slide_id = record["slide_id"]
         if slide_id in seen:
             raise SheetError(
@@ -89,7 +92,8 @@ def read_patients(path: Path) -> pd.DataFrame:
     path = Path(path)
     seen: dict[str, int] = {}
     records = []
-    for line, record in _records(path, schema("patients")):
+    header, rows = _records(path, schema("patients"))
+    for line, record in rows:
         patient = record["patient_id"]
         if patient in seen:
             raise SheetError(
@@ -103,48 +107,55 @@ def read_patients(path: Path) -> pd.DataFrame:
             )
         seen[patient] = line
         records.append(record)
-    table = pd.DataFrame(records).reindex(columns=_header(path))
+    table = pd.DataFrame(records).reindex(columns=header)
     for column in ("time", "event"):
         table[column] = table[column].astype(float) if column in table else float("nan")
     return table
 
 
-def _header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig") as stream:
-        return stream.readline().rstrip("\r\n").split("\t")
-
-
-def _records(path: Path, rules: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    """Give (line number, filled cells with their types) of each row, all checked against the schema."""
+def _records(path: Path, rules: dict[str, Any]) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
+    """Give the columns, and (line number, filled cells with their types) of each row, checked against the schema."""
     if not path.is_file():
         raise SheetError(f"{path}: no such file; write the sheet, or correct its path in the config")
-    try:
-        header = _header(path)
-        _check_header(path, header, rules)
-        table = pd.read_csv(
-            path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False,
-            skip_blank_lines=False,
-        )  # fmt: skip
-    except UnicodeDecodeError as error:
-        raise SheetError(f"{path}: not a text file ({error}); save it as tab-separated UTF-8 text") from error
-    except pd.errors.ParserError as error:
-        raise SheetError(
-            f"{path}: a row has more cells than the header ({str(error).strip()}); separate the cells with single tabs"
-        ) from error
+    lines = _lines(path)
+    header = _unpadded(lines[0][1]) if lines else []
+    _check_header(path, header, rules)
     validator = jsonschema.Draft202012Validator(rules)
     records = []
-    for number, cells in enumerate(table.to_dict("records")):
-        line = number + 2
-        filled = {str(k): v.strip() for k, v in cells.items() if isinstance(v, str) and v.strip()}
-        if not filled:
-            continue
+    for line, cells in lines[1:]:
+        if len(_unpadded(cells)) > len(header):
+            raise SheetError(
+                f"{path}, row {line}: found {len(_unpadded(cells))} cells under a header of {len(header)} columns; "
+                "separate the cells with single tabs and name each column"
+            )
+        filled = {column: cell for column, cell in zip(header, cells, strict=False) if cell}
         record = {key: _typed(text, rules["properties"].get(key, {})) for key, text in filled.items()}
         for fault in validator.iter_errors(record):
             raise SheetError(f"{path}, row {line}{_fault(fault, rules)}")
         records.append((line, record))
     if not records:
         raise SheetError(f"{path}: the sheet has a header and no rows; add a row for each slide or patient")
-    return records
+    return header, records
+
+
+def _lines(path: Path) -> list[tuple[int, list[str]]]:
+    """Give (line number, cells) of each line that is not blank."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, delimiter="\t", strict=True)
+            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+    except UnicodeDecodeError as error:
+        raise SheetError(f"{path}: not a text file ({error}); save it as tab-separated UTF-8 text") from error
+    except csv.Error as error:
+        raise SheetError(
+            f"{path}, row {reader.line_num}: a quotation mark does not enclose a whole cell ({error}); remove it"
+        ) from error
+    return [(number, cells) for number, cells in lines if any(cells)]
+
+
+def _unpadded(cells: list[str]) -> list[str]:
+    """Leave out the empty cells at the end, which spreadsheets add."""
+    return cells[: max((i for i, cell in enumerate(cells, start=1) if cell), default=0)]
 
 
 def _check_header(path: Path, header: list[str], rules: dict[str, Any]) -> None:
@@ -153,6 +164,10 @@ def _check_header(path: Path, header: list[str], rules: dict[str, Any]) -> None:
         if len(header) == 1 and separator in header[0]:
             raise SheetError(f"{path}: the sheet is separated by {name}; save it with tabs (TSV)")
     for column in header:
+        if not column:
+            raise SheetError(
+                f"{path}: column {header.index(column) + 1} has no name in the header; name it or remove it"
+            )
         if header.count(column) > 1:
             raise SheetError(f"{path}: column '{column}' stands twice in the header; keep one of them")
         if column not in known and not rules["additionalProperties"]:
@@ -161,18 +176,17 @@ def _check_header(path: Path, header: list[str], rules: dict[str, Any]) -> None:
             raise SheetError(f"{path}: unknown column '{column}'; {hint} (columns: {', '.join(known)})")
     for column in rules["required"]:
         if column not in header:
-            raise SheetError(f"{path}: column '{column}' is missing; add it (found: {', '.join(header)})")
+            raise SheetError(
+                f"{path}: column '{column}' is missing; add it (found: {', '.join(header) or 'no column'})"
+            )
 
 
 def _typed(text: str, rule: dict[str, Any]) -> Any:
     """Turn a cell into the type that its column has; leave it text where it does not fit (or for covariates)."""
-    kinds = {"number": float, "integer": int}
-    if rule.get("type") == "string":
+    if rule.get("type") == "string" or not _NUMBER.fullmatch(text):
         return text
-    try:
-        value = kinds.get(rule.get("type", "number"), float)(text)
-    except ValueError:
-        return text
+    value = float(text)
+    # A whole number may be written 1.0: pandas does so in a column with an empty cell.
     return value if math.isfinite(value) else text
 
 
@@ -198,4 +212,12 @@ def _resolve(text: str, sheet: Path, line: int, column: str) -> Path:
             )
         return found
 
-    return (sheet.parent / Path(_VARIABLE.sub(value, text)).expanduser()).absolute()
+    # Not `resolve`: a link to a slide keeps its own name, beside which companion files may lie.
+    try:
+        path = sheet.parent / Path(_VARIABLE.sub(value, text)).expanduser()
+    except RuntimeError as error:
+        raise SheetError(
+            f"{sheet}, row {line}, column {column}: '{text}' is in a home folder that is not here; "
+            "write the path in full"
+        ) from error
+    return Path(os.path.normpath(path.absolute()))

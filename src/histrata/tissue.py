@@ -166,23 +166,32 @@ def _draw(image: np.ndarray, tissue: shapely.MultiPolygon) -> np.ndarray:
 
 
 def read_tissue(path: Path) -> shapely.MultiPolygon:
-    """Read the tissue that `write_tissue` (or QuPath, from such a file) wrote, in level-0 px.
+    """Read the tissue that `write_tissue` wrote, or that was edited in QuPath since, in level-0 px.
+
+    QuPath does not keep the member `histrata`, in which the origin is: it has to be copied back.
 
     Raises
     ------
     HistrataError
-        Where the file is missing or is not GeoJSON.
+        Where the file is missing, is not GeoJSON, or has lost its origin.
     """
     path = Path(path)
     try:
         content = json.loads(path.read_text())
-        origin = np.asarray(content.get("histrata", {}).get("origin", (0, 0)))
-        polygons = [
+        origin = np.asarray(content["histrata"]["origin"], dtype=np.float64)
+        drawn = [
             shape(f["geometry"])
             for f in content["features"]
-            if f["properties"].get("classification", {}).get("name") == "Tissue"
+            if (f["properties"].get("classification") or {}).get("name") == "Tissue"
         ]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except KeyError as error:
+        raise HistrataError(
+            f"{path}: no {error} in this GeoJSON, which QuPath leaves out: copy the member 'histrata' from the file "
+            "that `histrata tissue` wrote, since it says where the coordinates begin"
+        ) from error
+    except (OSError, ValueError, AttributeError, TypeError, shapely.errors.ShapelyError) as error:
         raise HistrataError(f"{path}: not a GeoJSON of tissue ({error}); write it with `histrata tissue`") from error
-    parts = shapely.get_parts(polygons) if polygons else []
-    return shapely.transform(shapely.MultiPolygon(list(parts)), lambda p: p + origin)
+    # Pieces drawn by hand may overlap or cross themselves.
+    union = shapely.union_all([shapely.make_valid(piece) for piece in drawn])
+    pieces = [piece for piece in shapely.get_parts(union) if piece.geom_type == "Polygon"]
+    return shapely.transform(shapely.MultiPolygon(pieces), lambda p: p + origin)

@@ -48,7 +48,8 @@ def colour_ridge(
     ridge = make_pipeline(StandardScaler(), RidgeCV(_ALPHAS))
     ridge.fit(colour_statistics(train, fields_um), np.concatenate([s.targets(panel) for s in train]))
     predicted: np.ndarray = ridge.predict(colour_statistics(test, fields_um))
-    return predicted.astype(np.float32)
+    # scikit-learn drops the axis of a single gene.
+    return predicted.reshape(-1, len(panel)).astype(np.float32)
 
 
 def colour_statistics(sections: Sequence[Section], fields_um: Sequence[float]) -> np.ndarray:

@@ -7,7 +7,6 @@ patient and over patients; intervals come from resampling patients.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from histrata.errors import HistrataError
 from histrata.expression import baselines
 from histrata.expression.panel import PANELS, choose_panel
 from histrata.expression.sections import Section, read_measured_sections
-from histrata.expression.training import M2OSTOptions, save_model, train
+from histrata.expression.training import M2OSTOptions, remove_checkpoints, save_model, train
 from histrata.files import whole, write_tsv
 from histrata.folds import Fold, make_folds
 
@@ -53,7 +52,7 @@ def evaluate(
     folds, k
         Scheme of `histrata.folds.make_folds`, and the number of folds of "grouped-k-fold".
     checkpoints
-        Folder for the state of trainings, from which a stopped run goes on; removed at the end.
+        Folder for the state of trainings, from which a stopped run goes on; they are removed at the end.
 
     Raises
     ------
@@ -77,7 +76,7 @@ def evaluate(
     panel = options.panel if options.panel in PANELS else Path(options.panel).stem
     write_tsv(evaluation, out / "evaluation.tsv")
     write_tsv(summarise(evaluation, panel, seed=options.seed), out / "summary.tsv")
-    shutil.rmtree(checkpoints)
+    remove_checkpoints(checkpoints)
 
 
 def _run_fold(
@@ -126,7 +125,7 @@ def score(truth: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "pearson": correlation(truth, predicted),
-            "spearman": correlation(rankdata(truth, axis=0), rankdata(predicted, axis=0)),
+            "spearman": correlation(_ranks(truth), _ranks(predicted)),
             "rmse": np.sqrt((error**2).mean(axis=0)),
             "mae": np.abs(error).mean(axis=0),
             "mean_measured": truth.mean(axis=0),
@@ -138,13 +137,25 @@ def score(truth: np.ndarray, predicted: np.ndarray) -> pd.DataFrame:
 def correlation(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Return Pearson's correlation of each column; NaN for a constant truth, 0 for a constant prediction."""
     x, y = truth - truth.mean(axis=0), predicted - predicted.mean(axis=0)
-    # Constant up to rounding: a mean of float32 values leaves residues of about 1e-7 of their size.
-    flat_x = np.abs(x).max(axis=0) <= 1e-6 * np.maximum(np.abs(truth).max(axis=0), 1e-12)
-    flat_y = np.abs(y).max(axis=0) <= 1e-6 * np.maximum(np.abs(predicted).max(axis=0), 1e-12)
     with np.errstate(invalid="ignore", divide="ignore"):
         r = (x * y).sum(axis=0) / np.sqrt((x**2).sum(axis=0) * (y**2).sum(axis=0))
-    result: np.ndarray = np.where(flat_x | np.isnan(truth).any(axis=0), np.nan, np.where(flat_y, 0.0, r))
+    result: np.ndarray = np.where(
+        _flat(truth) | np.isnan(truth).any(axis=0), np.nan, np.where(_flat(predicted), 0.0, r)
+    )
     return result
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    """Tell which columns are constant up to rounding: float32 values leave residues of about 1e-7 of their size."""
+    spread = np.abs(values - values.mean(axis=0)).max(axis=0)
+    flat: np.ndarray = spread <= 1e-6 * np.maximum(np.abs(values).max(axis=0), 1e-12)
+    return flat
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Rank each column; a column that is constant but for rounding has one rank."""
+    ranks: np.ndarray = np.where(_flat(values), 0.0, rankdata(values, axis=0))
+    return ranks
 
 
 def summarise(evaluation: pd.DataFrame, panel: str, *, seed: int = 0) -> pd.DataFrame:
@@ -154,18 +165,26 @@ def summarise(evaluation: pd.DataFrame, panel: str, *, seed: int = 0) -> pd.Data
     -------
     pandas.DataFrame
         `method`, `panel`, `metric`, `mean`, `ci_low`, `ci_high`, `n_patients`. The interval is the percentile
-        bootstrap over patients; with few patients it is wide, and with two it is their range.
+        bootstrap over patients; with few patients it is wide, and with two it is their range. A patient without a
+        figure (no gene varies, or none was measured) is left out of mean and interval.
     """
     slides = evaluation.groupby(["method", "patient", "slide"], sort=True)[list(METRICS)].mean()
     patients = slides.groupby(["method", "patient"], sort=True).mean()
     rows = []
     for method, table in patients.groupby(level="method", sort=True):
-        drawn = np.random.default_rng(seed).integers(len(table), size=(_RESAMPLES, len(table)))
         for metric in METRICS:
-            values = table[metric].to_numpy()
-            low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5))
-            rows.append((method, panel, metric, values.mean(), low, high, len(values)))
+            values = table[metric].dropna().to_numpy()
+            rows.append((method, panel, metric, *_mean_and_interval(values, seed), len(values)))
     return pd.DataFrame(rows, columns=["method", "panel", "metric", "mean", "ci_low", "ci_high", "n_patients"])
+
+
+def _mean_and_interval(values: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Return the mean and its 95 % percentile bootstrap interval, NaN where there are no values."""
+    if not len(values):
+        return np.nan, np.nan, np.nan
+    drawn = np.random.default_rng(seed).integers(len(values), size=(_RESAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5))
+    return float(values.mean()), float(low), float(high)
 
 
 def read_evaluation(path: Path) -> pd.DataFrame:
@@ -177,7 +196,9 @@ def read_evaluation(path: Path) -> pd.DataFrame:
         Where the file is missing or is another table.
     """
     try:
-        table = pd.read_csv(path, sep="\t", dtype={"fold": str, "slide": str, "patient": str, "gene": str})
+        # Only an empty cell is missing: "NA" may be the name of a patient or a gene.
+        names = dict.fromkeys(("fold", "slide", "patient", "gene", "method"), str)
+        table = pd.read_csv(path, sep="\t", dtype=names, keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:
         raise HistrataError(f"{path}: not an evaluation ({error}); write it with `histrata m2ost evaluate`") from error
     missing = [column for column in _COLUMNS if column not in table]
@@ -198,5 +219,6 @@ def gene_scores(evaluation: pd.DataFrame) -> pd.DataFrame:
     patients = slides.groupby(["gene", "method", "patient"]).mean()
     means: Any = patients.groupby(["gene", "method"]).mean().unstack("method")
     means.columns = [f"cv_{metric}_{method}" for metric, method in means.columns]
-    scores: pd.DataFrame = means.assign(cv_n_patients=evaluation.groupby("gene")["patient"].nunique())
+    measured = evaluation[evaluation["mean_measured"].notna()].groupby("gene")["patient"].nunique()
+    scores: pd.DataFrame = means.assign(cv_n_patients=measured.reindex(means.index, fill_value=0))
     return scores

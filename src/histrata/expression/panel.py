@@ -55,11 +55,12 @@ def choose_panel(sections: Sequence[Section], panel: str, n_genes: int) -> list[
 def _score(section: Section, genes: list[str], panel: str) -> np.ndarray:
     """Return the mean or the variance of each gene over the spots of a section."""
     assert section.measured is not None
-    values = section.measured[:, section.spots.var_names.get_indexer(genes)]
-    mean = np.asarray(values.mean(axis=0), dtype=np.float64).ravel()
+    # float64: a variance is the small difference of two large numbers.
+    values = section.measured[:, section.spots.var_names.get_indexer(genes)].astype(np.float64)
+    mean = np.asarray(values.mean(axis=0)).ravel()
     if panel == "highly_expressed":
         return mean
-    return np.asarray(values.multiply(values).mean(axis=0), dtype=np.float64).ravel() - mean**2
+    return np.asarray(values.multiply(values).mean(axis=0)).ravel() - mean**2
 
 
 def _listed(file: Path, common: list[str], slides: str) -> list[str]:
@@ -68,8 +69,12 @@ def _listed(file: Path, common: list[str], slides: str) -> list[str]:
             f"the gene panel '{file}' is neither {' nor '.join(PANELS)} nor a file; set m2ost.panel to one of these, "
             "or to a text file with a gene symbol in each line"
         )
-    listed = list(dict.fromkeys(line.strip() for line in file.read_text().splitlines() if line.strip()))
-    missing = [gene for gene in listed if gene not in common]
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise HistrataError(f"{file}: not a text file; give one with a gene symbol in each line") from error
+    listed = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    missing = sorted(set(listed) - set(common), key=listed.index)
     if missing or not listed:
         raise HistrataError(
             f"{file}: {len(missing)} of its {len(listed)} genes are not measured on all of the slides {slides} "

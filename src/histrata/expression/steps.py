@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,14 @@ from histrata.errors import HistrataError
 from histrata.expression.evaluation import gene_scores, read_evaluation
 from histrata.expression.panel import choose_panel
 from histrata.expression.sections import read_measured_sections, read_section
-from histrata.expression.training import M2OSTOptions, TrainedModel, load_model, save_model, train
+from histrata.expression.training import (
+    M2OSTOptions,
+    TrainedModel,
+    load_model,
+    remove_checkpoints,
+    save_model,
+    train,
+)
 from histrata.files import provenance
 from histrata.tables import on_spots, write_table
 
@@ -29,15 +35,15 @@ def train_final(
 
     `evaluation` (`evaluation.tsv`) puts the cross-validated figures of each gene beside it in `genes.tsv`, and
     those of the whole into `card.md`; without it, the card says that the model was not evaluated. A stopped training
-    goes on from `checkpoints`, which is removed at the end.
+    goes on from its state in `checkpoints`, which is removed at the end.
     """
+    table = read_evaluation(evaluation) if evaluation else None
     sections = read_measured_sections(folders)
     panel = choose_panel(sections, options.panel, options.n_genes)
     model = train(sections, panel, options, checkpoints)
-    table = read_evaluation(evaluation) if evaluation else None
     scores = gene_scores(table).reindex(panel) if table is not None else None
     save_model(model, out, _card(model, table), scores)
-    shutil.rmtree(checkpoints)
+    remove_checkpoints(checkpoints)
 
 
 def predict(
@@ -97,11 +103,11 @@ def _held_out(slide_id: str, folds: Path) -> str | None:
     """Return the fold that held the slide out, None where none did."""
     try:
         table = pd.read_csv(folds / "folds.tsv", sep="\t", dtype=str, keep_default_na=False)
-    except OSError as error:
+        found = table.loc[table["slide"] == slide_id, "fold"].tolist()
+    except (OSError, ValueError, KeyError) as error:
         raise HistrataError(
             f"{folds}: not the folds of an evaluation ({error}); run `histrata m2ost evaluate`"
         ) from error
-    found = table.loc[table["slide"] == slide_id, "fold"].tolist()
     return str(found[0]) if found else None
 
 

@@ -21,7 +21,8 @@ import lightning
 import numpy as np
 import pandas as pd
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,6 +34,8 @@ from histrata.expression.sections import Section
 from histrata.expression.windows import Batch, EpochSampler, SpotWindows
 from histrata.files import provenance, whole
 from histrata.registry import create_model
+
+_CHECKPOINT = "m2ost-{}.ckpt"
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class M2OSTOptions:
         for name in ("levels", "n_genes", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise HistrataError(f"m2ost.seed is {self.seed}; it must be at least 0")
         if self.field_um <= 0:
             raise HistrataError(f"m2ost.field_um is {self.field_um}; give the side of the finest windows in um")
 
@@ -117,7 +122,7 @@ class TrainedModel:
         where = find_device(device)
         network = self.network.to(where).eval()
         windows = SpotWindows(sections, self.mpp, self.size)
-        outputs = []
+        outputs = [np.zeros((0, len(self.genes)), dtype=np.float32)]
         with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
             for levels, _ in _batches(windows, range(len(windows)), batch_size):
                 outputs.append(network(_scaled(levels, where)).float().cpu().numpy())
@@ -126,7 +131,10 @@ class TrainedModel:
 
 
 def _batches(windows: SpotWindows, order: Any, batch_size: int) -> DataLoader[Batch]:
-    return DataLoader(windows, batch_size=batch_size, sampler=order, collate_fn=lambda batch: batch)
+    # A loader draws a seed for its workers even without any: not from torch's global generator.
+    return DataLoader(
+        windows, batch_size=batch_size, sampler=order, collate_fn=lambda batch: batch, generator=torch.Generator()
+    )
 
 
 def _scaled(levels: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
@@ -190,8 +198,9 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
     options
         Model and training.
     checkpoints
-        Folder for the state after each epoch. A run of the same sections, panel and options that was stopped goes on
-        from there, to the same result; any other run does not look at it.
+        Folder for the state after each epoch, in one file a training. A run of the same sections, panel and options
+        that was stopped goes on from there, to the same result; any other run does not look at it. The caller removes
+        it with `remove_checkpoints` when it has no more use for it.
 
     Raises
     ------
@@ -225,20 +234,40 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
         "n_spots": len(windows),
         **provenance(
             {k: v for k, v in asdict(options).items() if k != "device"},
-            {s.slide_id: s.folder.spots for s in sections},
+            {f"{s.slide_id}/{s.folder.spots.name}": s.folder.spots for s in sections}
+            | {f"{s.slide_id}/{s.folder.pyramid.name}": s.folder.pyramid / "zarr.json" for s in sections},
         ),
     }
     key = hashlib.sha256(json.dumps([config, list(panel)], sort_keys=True).encode()).hexdigest()[:16]
     module = _Regression(network, options, steps=options.epochs * -(-len(windows) // options.batch_size))
-    _fit(module, windows, options, device, checkpoints / key)
+    _fit(module, windows, options, device, Path(checkpoints) / _CHECKPOINT.format(key))
     config["loss"] = [round(loss, 6) for loss in module.losses]
     network.to("cpu")
     return TrainedModel(network, list(panel), mean, std, mpp, architecture.size, config)
 
 
-def _fit(module: _Regression, windows: SpotWindows, options: M2OSTOptions, device: torch.device, folder: Path) -> None:
-    """Run Lightning, from the last checkpoint in `folder` where there is one."""
-    last = folder / "last.ckpt"
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of `train` in a folder, and the folder where it held nothing else."""
+    for file in folder.glob(_CHECKPOINT.format("*")):
+        file.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+class _AfterEachEpoch(Checkpoint):
+    """Keep the state of the training in one file, whole or not at all."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
+        """Write the state."""
+        with whole(self.file) as part:
+            trainer.save_checkpoint(part, weights_only=False)
+
+
+def _fit(module: _Regression, windows: SpotWindows, options: M2OSTOptions, device: torch.device, last: Path) -> None:
+    """Run Lightning, from the checkpoint `last` where there is one."""
     with _local_random_state(device), _quiet():
         trainer = lightning.Trainer(
             max_epochs=options.epochs,
@@ -247,10 +276,9 @@ def _fit(module: _Regression, windows: SpotWindows, options: M2OSTOptions, devic
             precision="bf16-mixed" if device.type == "cuda" else "32-true",
             gradient_clip_val=1.0,
             logger=False,
-            callbacks=[
-                ModelCheckpoint(folder, save_last=True, save_top_k=0),
-                *([TQDMProgressBar()] if sys.stderr.isatty() else []),
-            ],
+            # One process, whatever a SLURM allocation around it says of tasks.
+            plugins=[LightningEnvironment()],
+            callbacks=[_AfterEachEpoch(last), *([TQDMProgressBar()] if sys.stderr.isatty() else [])],
             enable_progress_bar=sys.stderr.isatty(),
             enable_model_summary=False,
         )
@@ -273,7 +301,7 @@ def _local_random_state(device: torch.device) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Leave out Lightning's advice that does not fit here (workers: reading threads do their work)."""
     with warnings.catch_warnings():
-        for text in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*val_dataloader.*"):
+        for text in (".*does not have many workers.*", ".*val_dataloader.*"):
             warnings.filterwarnings("ignore", text)
         yield
 
@@ -322,9 +350,12 @@ def load_model(folder: Path) -> TrainedModel:
         state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
         network.load_state_dict(state)
         mean, std = tensors["mean"].numpy(), tensors["std"].numpy()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        mpp, size = tuple(config["mpp"]), int(config["size"])
+        if not len(genes) == len(mean) == len(std) == config["architecture"]["n_genes"]:
+            raise ValueError(f"genes.tsv has {len(genes)} genes, model.safetensors has {len(mean)}")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, HistrataError) as error:
+        reason = str(error).partition("\n")[0]
         raise HistrataError(
-            f"{folder}: not a whole M2OST model ({str(error).splitlines()[0]}); train it again with "
-            "`histrata m2ost train`"
+            f"{folder}: not a whole M2OST model ({reason}); train it again with `histrata m2ost train`"
         ) from error
-    return TrainedModel(network, genes.tolist(), mean, std, tuple(config["mpp"]), int(config["size"]), config)
+    return TrainedModel(network, genes.tolist(), mean, std, mpp, size, config)

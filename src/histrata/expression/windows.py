@@ -87,7 +87,7 @@ class SpotWindows(Dataset[Batch]):
             window = window[:, :, ::-1] if flip else window
             if self.jitter:
                 scale = rng.uniform(1 - self.jitter, 1 + self.jitter, (3, 1, 1)).astype(np.float32)
-                window = np.clip(window * scale, 0, 255).astype(np.uint8)
+                window = np.rint(np.clip(window * scale, 0, 255)).astype(np.uint8)
             level[row] = window
 
 

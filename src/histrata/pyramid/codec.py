@@ -24,6 +24,7 @@ _SUBSAMPLING = {
     "440": ((1, 2), (1, 1), (1, 1)),
     "420": ((2, 2), (1, 1), (1, 1)),
 }
+_LONGEST = 65535  # px of a side: 16 bits in the stream
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class JpegCodec(ArrayBytesCodec):
     subsampling: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.quality <= 100:
-            raise ValueError(f"jpeg codec: quality {self.quality} is not within 0 to 100")
+        if not isinstance(self.quality, int) or not 0 <= self.quality <= 100:
+            raise ValueError(f"jpeg codec: quality {self.quality!r} is not a whole number from 0 to 100")
         if self.encoded_color_space not in (None, "ycbcr", "rgb"):
             raise ValueError(f"jpeg codec: encoded_color_space '{self.encoded_color_space}' is not ycbcr or rgb")
         factors = self.subsampling
@@ -82,18 +83,35 @@ class JpegCodec(ArrayBytesCodec):
             configuration["subsampling"] = [list(pair) for pair in self.subsampling]
         return {"name": "jpeg", "configuration": configuration}
 
-    def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:
-        """Refuse data types and chunk shapes that JPEG cannot hold."""
-        if dtype.to_native_dtype() != np.uint8:
-            raise ValueError(f"jpeg codec: data type {dtype.to_native_dtype()} is not uint8")
+    def evolve_from_array_spec(self, array_spec: ArraySpec) -> Self:
+        """Refuse data types that JPEG cannot hold; inside shards zarr does not call `validate`."""
+        native = array_spec.dtype.to_native_dtype()
+        if native != np.uint8:
+            raise ValueError(f"jpeg codec: data type {native} is not uint8")
+        return self
+
+    def validate(self, *, shape: tuple[int, ...], dtype: Any, chunk_grid: Any) -> None:  # noqa: ARG002
+        """Refuse chunks that no `transpose` before this codec could make fit.
+
+        zarr tells the shape before any transpose here; the shape that arrives is checked with every chunk.
+        """
         chunk = tuple(getattr(chunk_grid, "chunk_shape", shape))
-        channels = chunk[2] if len(chunk) == 3 else 1
-        if len(chunk) not in (2, 3) or channels not in (1, 3):
+        if len(chunk) not in (2, 3) or (len(chunk) == 3 and not {1, 3} & set(chunk)):
             raise ValueError(f"jpeg codec: chunk shape {chunk} is not (h, w), (h, w, 1) or (h, w, 3)")
+
+    def _check(self, chunk: tuple[int, ...]) -> None:
+        channels = chunk[2] if len(chunk) == 3 else 1
+        if len(chunk) not in (2, 3) or channels not in (1, 3) or max(chunk[:2]) > _LONGEST:
+            raise ValueError(
+                f"jpeg codec: chunk shape {chunk} is not (h, w), (h, w, 1) or (h, w, 3) of at most {_LONGEST} px a side"
+            )
         if (channels == 3) != (self.encoded_color_space is not None):
-            raise ValueError(f"jpeg codec: encoded_color_space does not go with {channels} channel(s)")
+            raise ValueError(
+                f"jpeg codec: encoded_color_space {self.encoded_color_space} does not go with {channels} channel(s)"
+            )
 
     def _encode(self, chunk: np.ndarray) -> bytes:
+        self._check(chunk.shape)
         if self.encoded_color_space is None:
             grey = np.ascontiguousarray(chunk.reshape(chunk.shape[:2]))
             return bytes(imagecodecs.jpeg8_encode(grey, level=self.quality))
@@ -114,6 +132,7 @@ class JpegCodec(ArrayBytesCodec):
         return chunk_spec.prototype.buffer.from_bytes(encoded)
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
+        self._check(chunk_spec.shape)
         pixels = await asyncio.to_thread(imagecodecs.jpeg8_decode, chunk_bytes.to_bytes())
         return chunk_spec.prototype.nd_buffer.from_numpy_array(pixels.reshape(chunk_spec.shape))
 

@@ -91,7 +91,7 @@ class Pyramid:
         centres_px
             (n, 2) x and y of the centres in level-0 px; fractions count.
         mpp
-            um/px of the windows. The finest level that is coarse enough is averaged by area; where `mpp` is finer
+            um/px of the windows. The coarsest level that is fine enough is averaged by area; where `mpp` is finer
             than level 0, level 0 is interpolated linearly.
         size_px
             Side of the windows in px.
@@ -160,7 +160,7 @@ class Pyramid:
 
     def _choose(self, mpp: float) -> tuple[int, float]:
         """Return the coarsest level that is fine enough for `mpp`, and level px for each window px."""
-        if mpp <= 0:
+        if not 0 < mpp < np.inf:
             raise HistrataError(f"{self.path}: windows at {mpp} um/px were asked for; give um/px above 0")
         factor = mpp / self.mpp
         level = max((k for k in range(len(self._levels)) if 2**k <= factor * _TOLERANCE), default=0)
@@ -205,6 +205,8 @@ class _Level:
         out = np.full((height, width, 3), 255, dtype=np.uint8)
         t = self.tile
         right, bottom = min(x + width, self.width), min(y + height, self.height)
+        if right <= x or bottom <= y:
+            return out
         for ty in range(max(y, 0) // t, -(-bottom // t)):
             for tx in range(max(x, 0) // t, -(-right // t)):
                 pixels = self._cache.get((self.folder, ty, tx), partial(self._tile, ty, tx))
@@ -232,7 +234,12 @@ class _Level:
             return None
         with file.open("rb") as stream:
             encoded = os.pread(stream.fileno(), length, offset)
-        return self._decode(encoded)
+        try:
+            return self._decode(encoded)
+        except (RuntimeError, ValueError) as error:  # every error of imagecodecs is a RuntimeError
+            raise HistrataError(
+                f"{file}: tile ({tx}, {ty}) cannot be decoded ({error}); remove the pyramid and write it again"
+            ) from error
 
 
 @cache

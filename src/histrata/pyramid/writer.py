@@ -160,11 +160,11 @@ def _first_pass(source: Slide, group: zarr.Group, levels: list[zarr.Array], x: i
     width, height = min(block, source.size[0] - x), min(block, source.size[1] - y)
     rgb, missing = source.read_region(x, y, width, height)
     if missing.any():
-        cells = _halve(missing.astype(np.float32), times=int(math.log2(CELL)))
+        cells = _shares(missing)
         cy, cx = y // CELL, x // CELL
         # A cell that is missing in the smallest part must not look whole: rounded up.
         array: Any = group["missing"]
-        array[cy : cy + cells.shape[0], cx : cx + cells.shape[1]] = np.ceil(cells * 255)
+        array[cy : cy + cells.shape[0], cx : cx + cells.shape[1]] = np.ceil(cells * 255).astype(np.uint8)
     _write(levels, rgb, x, y)
 
 
@@ -183,14 +183,20 @@ def _write(levels: list[zarr.Array], rgb: np.ndarray, x: int, y: int) -> None:
             level[:, y : y + rgb.shape[0], x : x + rgb.shape[1]] = np.moveaxis(rgb, 2, 0)
 
 
-def _halve(pixels: np.ndarray, times: int = 1) -> np.ndarray:
-    """Average 2 x 2 px, `times` times; an odd last row or column stands for its own other half."""
-    for _ in range(times):
-        height, width = pixels.shape[:2]
-        if height % 2 or width % 2:
-            pixels = cv2.copyMakeBorder(pixels, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-        pixels = cv2.resize(pixels, (-(-width // 2), -(-height // 2)), interpolation=cv2.INTER_AREA)
-    return pixels
+def _shares(missing: np.ndarray) -> np.ndarray:
+    """Return the share of each cell that is missing; cells at the end are as large as what is left."""
+    rows, cols = (np.arange(0, side, CELL) for side in missing.shape)
+    counts = np.add.reduceat(np.add.reduceat(missing, rows, axis=0, dtype=np.int64), cols, axis=1)
+    heights, widths = (np.diff(cuts, append=side) for cuts, side in zip((rows, cols), missing.shape, strict=True))
+    return counts / np.outer(heights, widths)
+
+
+def _halve(pixels: np.ndarray) -> np.ndarray:
+    """Average 2 x 2 px; an odd last row or column stands for its own other half."""
+    height, width = pixels.shape[:2]
+    if height % 2 or width % 2:
+        pixels = cv2.copyMakeBorder(pixels, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+    return cv2.resize(pixels, (-(-width // 2), -(-height // 2)), interpolation=cv2.INTER_AREA)
 
 
 def _describe(group: zarr.Group, source: Slide, levels: list[zarr.Array], parameters: dict[str, Any]) -> None:

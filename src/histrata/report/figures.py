@@ -12,9 +12,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
-import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
@@ -73,14 +74,14 @@ def read_thumbnail(path: Path) -> Picture:
 
 
 def draw_methods(
-    summary: pd.DataFrame, patients: Sequence[np.ndarray], labels: Sequence[str], main: int | None, title: str
+    figures: np.ndarray, patients: Sequence[np.ndarray], labels: Sequence[str], main: int | None, title: str
 ) -> Picture:
     """Draw one metric of every method: the mean, its interval, and a point for each patient.
 
     Parameters
     ----------
-    summary
-        A row a method, from top to bottom: `mean`, `ci_low`, `ci_high`.
+    figures
+        float64 (methods, 3): mean, lower and upper end of the interval; from top to bottom, NaN is left out.
     patients
         For each method, the value of each patient; may be empty.
     labels
@@ -90,15 +91,14 @@ def draw_methods(
     title
         What the axis shows, with its unit.
     """
-    n = len(summary)
+    n = len(figures)
     figure = Figure(figsize=(4.4, 1.0 + 0.5 * n), layout="constrained")
     axes = figure.subplots()
-    for row, (values, one) in enumerate(zip(patients, summary.itertuples(), strict=True)):
+    for row, (values, (mean, low, high)) in enumerate(zip(patients, figures, strict=True)):
         colour = _MAIN if row == main else _OTHER
         axes.plot(values, np.full(len(values), row + 0.26), "o", ms=4.5, mfc="none", mec=_POINT, mew=0.9)
-        axes.plot([one.ci_low, one.ci_high], [row, row], color=colour, lw=2.4, solid_capstyle="butt")
-        axes.plot(one.mean, row, "o", ms=7.5, color=colour)
-    axes.axvline(0, color="#BBBBBB", lw=0.8, zorder=0)
+        axes.plot([low, high], [row, row], color=colour, lw=2.4, solid_capstyle="butt")
+        axes.plot(mean, row, "o", ms=7.5, color=colour)
     axes.set_yticks(range(n), labels, fontsize=10, parse_math=False)
     axes.set_ylim(n - 0.45, -0.5)
     axes.set_xlabel(title, fontsize=10)
@@ -107,12 +107,19 @@ def draw_methods(
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#EEEEEE")
     axes.set_axisbelow(True)
+    if axes.get_xlim()[0] <= 0:
+        axes.axvline(0, color="#BBBBBB", lw=0.9, zorder=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     return _png(figure)
 
 
 def draw_gene(
-    image: np.ndarray, scale: float, xy: np.ndarray, diameter: float, um_per_px: float, panels: Mapping[str, np.ndarray]
+    image: np.ndarray,
+    scale: float,
+    xy: np.ndarray,
+    diameter: float,
+    um_per_px: float,
+    panels: Mapping[str, np.ndarray],
 ) -> Picture:
     """Draw values of spots on the tissue, one panel for each entry of `panels`, each with its colour bar.
 
@@ -134,11 +141,11 @@ def draw_gene(
     """
     places, shown = xy * scale, _spread(xy, diameter) * scale
     left, top, right, bottom = _frame(places, shown)
-    height = 2.1 * min(1.6, max(0.5, (bottom - top) / (right - left))) + 0.72
-    figure = Figure(figsize=(2.15 * len(panels), height), layout="constrained")
+    height = 2.05 * min(1.6, max(0.5, (bottom - top) / (right - left))) + 0.52
+    figure = Figure(figsize=(2.15 * len(panels), height), layout="compressed")
     for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         # Paled, so that the colours of the spots are read as they are meant.
-        axes.imshow(255 - (255 - image.astype(np.float32)) * 0.45, interpolation="bilinear", vmin=0, vmax=255)
+        axes.imshow((255 - (255 - image.astype(np.float32)) * 0.45).astype(np.uint8), interpolation="bilinear")
         _draw_spots(figure, axes, places, shown, values)
         axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
         axes.set_title(title, fontsize=9, pad=3)
@@ -152,15 +159,26 @@ def _draw_spots(figure: Figure, axes: Axes, places: np.ndarray, shown: float, va
     # Values that are all the same still need a scale of some width.
     high = max(high, low + 1e-6 * max(1.0, abs(low)))
     spots = EllipseCollection(
-        shown, shown, 0, units="xy", offsets=places, offset_transform=axes.transData, array=values, cmap="viridis"
+        shown,
+        shown,
+        0,
+        units="xy",
+        offsets=places,
+        offset_transform=axes.transData,
+        array=values,
+        cmap="viridis",
     )
     spots.set(clim=(low, high), linewidth=0)
     axes.add_collection(spots)
     bar = figure.colorbar(spots, ax=axes, orientation="horizontal", fraction=0.05, pad=0.03, aspect=28)
-    bar.locator = MaxNLocator(3)
-    bar.update_ticks()
+    ticks = (low, (low + high) / 2, high)
+    bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
     bar.ax.tick_params(labelsize=7.5, length=2, pad=1.5)
-    bar.outline.set_visible(False)  # type: ignore[operator]  # matplotlib's stubs take it for a spine dictionary
+    # Inside the width of the bar, so that panels keep their size whatever the figures.
+    first, _, last = bar.ax.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
+    cast(Artist, bar.outline).set_visible(False)
 
 
 def _spread(xy: np.ndarray, diameter: float) -> float:
@@ -172,11 +190,11 @@ def _spread(xy: np.ndarray, diameter: float) -> float:
 
 
 def _frame(places: np.ndarray, shown: float) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of the spots with a margin, in image px."""
+    """Left, top, right and bottom of the spots with a margin, in image px; below, room for the scale bar."""
     low, high = places.min(axis=0), places.max(axis=0)
-    margin = shown + 0.04 * float((high - low).max())
+    margin = shown + 0.03 * float((high - low).max())
     (left, top), (right, bottom) = low - margin, high + margin
-    return float(left), float(top), float(right), float(bottom)
+    return float(left), float(top), float(right), float(bottom + 0.08 * (bottom - top))
 
 
 def _draw_scale_bar(axes: Axes, um_per_image_px: float) -> None:

@@ -53,15 +53,18 @@ def write_spots(
     Raises
     ------
     TableError
-        Where the measurement cannot be read or joined, or its spots' diameter is not known.
+        Where the measurement cannot be read or joined, its spots' diameter is not known, or the pitch or diameter of
+        a grid is not above 0.
     """
+    if min(pitch_um, diameter_um) <= 0:
+        raise TableError(f"spots: pitch {pitch_um} um and diameter {diameter_um} um are asked for; give both above 0")
     paths = SlideFolder(folder)
     pyramid, tissue = Pyramid(paths.pyramid), read_tissue(paths.tissue)
     inputs = {"pyramid": paths.pyramid / "zarr.json", "tissue": paths.tissue}
     counts, var, unmatched = None, pd.DataFrame(index=pd.Index([], dtype=str)), {}
     if row.expression is not None:
-        inputs |= {"expression": row.expression, **({"spots": row.spots} if row.spots else {})}
         measured = read_measured(row)
+        inputs |= _measured_inputs(row.expression, row.spots)
         diameter_um = _diameter(row, measured, pyramid.mpp)
         obs, xy = _measured_obs(measured), measured.xy
         counts, unmatched = sparse.csr_matrix(measured.counts), measured.unmatched
@@ -98,6 +101,14 @@ def write_spots(
         "unmatched": json.dumps(unmatched),
     }
     write_table(table, out)
+
+
+def _measured_inputs(expression: Path, spots: Path | None) -> dict[str, Path]:
+    """Name what was read; of Space Ranger's folder not the alignments, which have many gigabytes."""
+    if expression.is_dir():
+        matrices = sorted(expression.glob("filtered_feature_bc_matrix*"))
+        return {f"expression/{path.name}": path for path in (*matrices, expression / "spatial")}
+    return {"expression": expression} | ({"spots": spots} if spots else {})
 
 
 def _diameter(row: SlideRow, measured: Measured, mpp: float) -> float:
