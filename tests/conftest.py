@@ -39,8 +39,12 @@ def cohort(tmp_path_factory) -> Cohort:
 @pytest.fixture(scope="session")
 def tiny():
     """Options of a model that trains in seconds."""
+    import torch
+
     from histrata.expression.training import M2OSTOptions
 
+    # So small a model is slower on several threads, which wait for one another.
+    torch.set_num_threads(1)
     shape = {"patch_size": 8, "depth": 1, "dim": 24, "heads": 2, "cross_heads": 2, "dim_head": 8, "mlp_dim": 16}
     return M2OSTOptions(
         model_options=shape,

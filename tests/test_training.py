@@ -163,12 +163,12 @@ def test_only_checkpoints_are_removed(tmp_path):
     assert not tmp_path.exists()
 
 
-def test_nothing_is_left_in_the_working_directory(sections, panel, tiny, tmp_path, monkeypatch):
+def test_a_cluster_and_the_working_directory_do_not_matter(sections, panel, tiny, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    # As on a cluster, in an allocation of several tasks.
-    for name, value in {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1", "SLURM_NTASKS_PER_NODE": "4"}.items():
-        monkeypatch.setenv(name, value)
+    # As on a cluster, in an allocation of several tasks, which Lightning would want to fill.
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
     train(sections[:1], panel, replace(tiny, epochs=1), tmp_path / "checkpoints")
     assert list((tmp_path / "here").iterdir()) == []
 

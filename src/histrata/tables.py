@@ -129,7 +129,7 @@ def read_table(path: Path, *, written_by: str) -> ad.AnnData:
         raise TableError(f"{path}: no such file; write it with `histrata {written_by}`")
     try:
         table = ad.read_h5ad(path)
-    except OSError as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise TableError(f"{path}: not a readable .h5ad file; write it with `histrata {written_by}`") from error
     if "histrata" not in table.uns:
         raise TableError(f"{path}: not a table of Histrata; write it with `histrata {written_by}`")
