@@ -15,18 +15,12 @@ from scipy.stats import pearsonr, spearmanr
 
 from histrata.errors import HistrataError
 from histrata.expression import baselines
-from histrata.expression.evaluation import (
-    METRICS,
-    correlation,
-    evaluate,
-    gene_scores,
-    read_evaluation,
-    score,
-    summarise,
-)
+from histrata.expression.evaluation import evaluate
+from histrata.expression.final import train_final
+from histrata.expression.metrics import METRICS, correlation, gene_scores, read_evaluation, score, summarise
+from histrata.expression.model import load_model
+from histrata.expression.prediction import predict
 from histrata.expression.sections import read_measured_sections, read_section
-from histrata.expression.steps import predict, train_final
-from histrata.expression.training import load_model
 
 METHODS = {"constant", "colour_ridge", "m2ost"}
 COLUMNS = ["fold", "slide", "patient", "gene", "method", *METRICS, "mean_measured", "n_spots"]
@@ -435,7 +429,7 @@ def test_a_final_model_without_an_evaluation_says_so(cohort, tiny, tmp_path):
 
 
 def test_bad_inputs_stop_before_anything_is_trained_or_written(cohort, tiny, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("histrata.expression.steps.train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("histrata.expression.final.train", lambda *_: pytest.fail("trained"))
     (tmp_path / "evaluation.tsv").write_text("nothing\n")
     with pytest.raises(HistrataError, match=r"evaluation\.tsv: column 'fold' is missing"):
         train_final(

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from histrata.errors import HistrataError
-from histrata.expression.evaluation import summarise
+from histrata.expression.metrics import summarise
 from histrata.files import write_tsv
 from histrata.report import write_report
 from histrata.report.figures import Picture, draw_gene

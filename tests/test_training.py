@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError
+from histrata.expression.model import load_model, save_model
 from histrata.expression.panel import choose_panel
 from histrata.expression.sections import read_measured_sections
-from histrata.expression.training import M2OSTOptions, load_model, remove_checkpoints, save_model, train
+from histrata.expression.training import M2OSTOptions, remove_checkpoints, train
 from histrata.expression.windows import EpochSampler
 
 

@@ -128,7 +128,8 @@ def test_plain_scanpy_and_squidpy_open_the_expression(run):
 import matplotlib; matplotlib.use("Agg")
 import scanpy as sc, squidpy as sq, sys
 a = sc.read_h5ad({str(run / "results/slides/demo-01/expression.h5ad")!r})
-assert set("slide_id patient_id in_tissue array_row array_col tissue_fraction missing_fraction fold".split()) <= set(a.obs)
+columns = "slide_id patient_id in_tissue array_row array_col tissue_fraction missing_fraction fold"
+assert set(columns.split()) <= set(a.obs)
 assert a.obsm["spatial"].shape == a.obsm["spatial_um"].shape == (a.n_obs, 2)
 assert "measured" in a.layers
 sc.pp.pca(a, n_comps=10); sc.pp.neighbors(a); sc.tl.leiden(a, flavor="igraph", n_iterations=2, directed=False)

@@ -317,7 +317,7 @@ def m2ost_train(
 
     Example: histrata m2ost train results/slides/* --evaluation results/m2ost/evaluation.tsv
     """
-    from histrata.expression.steps import train_final
+    from histrata.expression.final import train_final
     from histrata.expression.training import M2OSTOptions
 
     options = M2OSTOptions(
@@ -360,7 +360,7 @@ def m2ost_predict(
 
     Example: histrata m2ost predict results/slides/A --model results/m2ost/model
     """
-    from histrata.expression.steps import predict
+    from histrata.expression.prediction import predict
 
     predict(folder, SlideFolder(folder).expression, model, folds=folds, evaluation=evaluation, device=device)
 

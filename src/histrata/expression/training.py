@@ -1,14 +1,10 @@
-"""Training M2OST with Lightning, and the trained model as a folder of files.
-
-A trained model is a folder: `config.json` (what it is and how it was made), `model.safetensors` (weights, and the
-mean and standard deviation of each gene's target), `genes.tsv` (the panel, in the order of the outputs) and
-`card.md`. Targets are log1p of counts per 10,000, standardised for each gene on the training spots.
-"""
+"""Training M2OST with Lightning."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,17 +15,14 @@ from typing import Any
 
 import lightning
 import numpy as np
-import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError
+from histrata.expression.model import TrainedModel, load_batches, scaled
 from histrata.expression.sections import Section
 from histrata.expression.windows import Batch, EpochSampler, SpotWindows
 from histrata.files import provenance, whole
@@ -91,56 +84,6 @@ class M2OSTOptions:
             raise HistrataError(f"m2ost.field_um is {self.field_um}; give the side of the finest windows in um")
 
 
-@dataclass(frozen=True)
-class TrainedModel:
-    """A model of expression, ready to predict.
-
-    Attributes
-    ----------
-    network
-        What `create_model` built; predicts standardised targets.
-    genes
-        The panel, in the order of the network's outputs.
-    mean, std
-        float32 (genes,) of the targets on the training spots.
-    mpp, size
-        um/px of each level, finest first, and side of the windows in px.
-    config
-        What `config.json` says of the model.
-    """
-
-    network: nn.Module
-    genes: list[str]
-    mean: np.ndarray
-    std: np.ndarray
-    mpp: tuple[float, ...]
-    size: int
-    config: dict[str, Any]
-
-    def predict(self, sections: Sequence[Section], *, batch_size: int = 64, device: str = "auto") -> np.ndarray:
-        """Predict log1p of counts per 10,000 at every spot, float32 (spots, genes)."""
-        where = find_device(device)
-        network = self.network.to(where).eval()
-        windows = SpotWindows(sections, self.mpp, self.size)
-        outputs = [np.zeros((0, len(self.genes)), dtype=np.float32)]
-        with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-            for levels, _ in _batches(windows, range(len(windows)), batch_size):
-                outputs.append(network(_scaled(levels, where)).float().cpu().numpy())
-        predicted: np.ndarray = np.concatenate(outputs) * self.std + self.mean
-        return np.maximum(predicted, 0).astype(np.float32)
-
-
-def _batches(windows: SpotWindows, order: Any, batch_size: int) -> DataLoader[Batch]:
-    # A loader draws a seed for its workers even without any: not from torch's global generator.
-    return DataLoader(
-        windows, batch_size=batch_size, sampler=order, collate_fn=lambda batch: batch, generator=torch.Generator()
-    )
-
-
-def _scaled(levels: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    return [level.to(device, non_blocking=True).float() / 255 for level in levels]
-
-
 class _Regression(lightning.LightningModule):
     """Mean squared error on standardised targets."""
 
@@ -159,7 +102,7 @@ class _Regression(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002 (Lightning's signature)
         """Return the loss of a batch."""
         levels, targets = batch
-        loss = nn.functional.mse_loss(self.network(_scaled(levels, self.device)), targets)
+        loss = nn.functional.mse_loss(self.network(scaled(levels, self.device)), targets)
         self._sum, self._n = self._sum + float(loss.detach()) * len(targets), self._n + len(targets)
         self.log("loss", loss, prog_bar=True)
         return loss
@@ -284,7 +227,7 @@ def _fit(module: _Regression, windows: SpotWindows, options: M2OSTOptions, devic
         )
         trainer.fit(
             module,
-            _batches(windows, EpochSampler(windows), options.batch_size),
+            load_batches(windows, EpochSampler(windows), options.batch_size),
             ckpt_path=last if last.is_file() else None,
             weights_only=True,
         )
@@ -303,59 +246,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for text in (".*does not have many workers.*", ".*val_dataloader.*"):
             warnings.filterwarnings("ignore", text)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         yield
-
-
-def save_model(model: TrainedModel, folder: Path, card: str, scores: pd.DataFrame | None = None) -> None:
-    """Write the model's folder, whole or not at all.
-
-    Parameters
-    ----------
-    model
-        What `train` gave.
-    folder
-        Where to write it.
-    card
-        Text of `card.md`.
-    scores
-        A row for each gene (indexed by symbol) with how well it was predicted in cross-validation.
-    """
-    genes = pd.DataFrame({"gene": model.genes, "mean": model.mean, "std": model.std})
-    if scores is not None:
-        genes = genes.join(scores, on="gene")
-    weights = {f"network.{name}": tensor for name, tensor in model.network.state_dict().items()}
-    weights |= {"mean": torch.from_numpy(model.mean), "std": torch.from_numpy(model.std)}
-    with whole(folder) as part:
-        part.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part / "model.safetensors")
-        (part / "config.json").write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n")
-        genes.to_csv(part / "genes.tsv", sep="\t", index=False, float_format="%.6g")
-        (part / "card.md").write_text(card)
-
-
-def load_model(folder: Path) -> TrainedModel:
-    """Read a model's folder.
-
-    Raises
-    ------
-    HistrataError
-        Where a file is missing or does not belong to the others.
-    """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        genes = pd.read_csv(folder / "genes.tsv", sep="\t", dtype={"gene": str}, keep_default_na=False)["gene"]
-        tensors = load_file(folder / "model.safetensors")
-        network = create_model(config["model"], **config["architecture"])
-        state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
-        network.load_state_dict(state)
-        mean, std = tensors["mean"].numpy(), tensors["std"].numpy()
-        mpp, size = tuple(config["mpp"]), int(config["size"])
-        if not len(genes) == len(mean) == len(std) == config["architecture"]["n_genes"]:
-            raise ValueError(f"genes.tsv has {len(genes)} genes, model.safetensors has {len(mean)}")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, HistrataError) as error:
-        reason = str(error).partition("\n")[0]
-        raise HistrataError(
-            f"{folder}: not a whole M2OST model ({reason}); train it again with `histrata m2ost train`"
-        ) from error
-    return TrainedModel(network, genes.tolist(), mean, std, mpp, size, config)

@@ -6,6 +6,7 @@ decoding them once; zarr's own reading costs about a millisecond a call, which i
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections import OrderedDict
@@ -68,10 +69,9 @@ class Pyramid:
         self.size: tuple[int, int] = (int(width), int(height))
         x, y, w, h = self.info["bounds"]
         self.bounds: tuple[int, int, int, int] = (int(x), int(y), int(w), int(h))
-        cache = _TileCache(_CACHE_BYTES)
         ome: Any = group.attrs["ome"]
         names = [str(d["path"]) for d in ome["multiscales"][0]["datasets"]]
-        self._levels = [_Level(self.path / name, group[name], cache) for name in names]
+        self._levels = [_Level(self.path / name, group[name]) for name in names]
         self._missing = np.asarray(group["missing"])
         self._whole = not self._missing.any()
         self._cell = int(self.info["missing_cell_px"])
@@ -182,8 +182,9 @@ class Pyramid:
 class _Level:
     """One level of the store: finds tiles in shards, cuts and resamples regions."""
 
-    def __init__(self, folder: Path, array: Any, cache: _TileCache) -> None:
-        self.folder, self._cache = folder, cache
+    def __init__(self, folder: Path, array: Any) -> None:
+        # Keys are of this object, not of its path: a store that is written anew is another level.
+        self.folder, self._key = folder, next(_LEVELS)
         self.height, self.width = array.shape[1:]
         self.tile = int(array.chunks[1])
         self._per_shard = int(array.shards[1]) // self.tile
@@ -209,7 +210,7 @@ class _Level:
             return out
         for ty in range(max(y, 0) // t, -(-bottom // t)):
             for tx in range(max(x, 0) // t, -(-right // t)):
-                pixels = self._cache.get((self.folder, ty, tx), partial(self._tile, ty, tx))
+                pixels = _TILES.get((self._key, ty, tx), partial(self._tile, ty, tx))
                 if pixels is None:
                     continue
                 top, left = max(y, ty * t), max(x, tx * t)
@@ -327,3 +328,8 @@ class _TileCache:
                 _, dropped = self._tiles.popitem(last=False)
                 self._held -= 0 if dropped is None else dropped.nbytes
         return tile
+
+
+_LEVELS = itertools.count()
+_TILES = _TileCache(_CACHE_BYTES)
+"""One for all pyramids of a process, so that memory does not grow with their number."""

@@ -12,7 +12,7 @@ import pandas as pd
 
 from histrata import __version__
 from histrata.errors import HistrataError
-from histrata.expression.evaluation import read_evaluation
+from histrata.expression.metrics import read_evaluation
 from histrata.files import whole
 from histrata.folders import SlideFolder
 from histrata.report.parts import SlidePart, read_tsv

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from histrata.errors import TableError
-from histrata.expression.evaluation import gene_scores
+from histrata.expression.metrics import gene_scores
 from histrata.report.figures import draw_methods, read_picture
 from histrata.report.parts import MAIN, METHODS, METRICS, Figure, Part, Table, read_tsv
 

@@ -1,0 +1,136 @@
+"""A trained model of expression, as a folder of files, and what it predicts.
+
+The folder holds `config.json` (what the model is and how it was made), `model.safetensors` (weights, and the mean and
+standard deviation of each gene's target), `genes.tsv` (the panel, in the order of the outputs) and `card.md`. Targets
+are log1p of counts per 10,000, standardised for each gene on the training spots.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from histrata.devices import find_device
+from histrata.errors import HistrataError
+from histrata.expression.sections import Section
+from histrata.expression.windows import Batch, SpotWindows
+from histrata.files import whole
+from histrata.registry import create_model
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model of expression, ready to predict.
+
+    Attributes
+    ----------
+    network
+        What `create_model` built; predicts standardised targets.
+    genes
+        The panel, in the order of the network's outputs.
+    mean, std
+        float32 (genes,) of the targets on the training spots.
+    mpp, size
+        um/px of each level, finest first, and side of the windows in px.
+    config
+        What `config.json` says of the model.
+    """
+
+    network: nn.Module
+    genes: list[str]
+    mean: np.ndarray
+    std: np.ndarray
+    mpp: tuple[float, ...]
+    size: int
+    config: dict[str, Any]
+
+    def predict(self, sections: Sequence[Section], *, batch_size: int = 64, device: str = "auto") -> np.ndarray:
+        """Predict log1p of counts per 10,000 at every spot, float32 (spots, genes)."""
+        where = find_device(device)
+        network = self.network.to(where).eval()
+        windows = SpotWindows(sections, self.mpp, self.size)
+        outputs = [np.zeros((0, len(self.genes)), dtype=np.float32)]
+        with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
+            for levels, _ in load_batches(windows, range(len(windows)), batch_size):
+                outputs.append(network(scaled(levels, where)).float().cpu().numpy())
+        predicted: np.ndarray = np.concatenate(outputs) * self.std + self.mean
+        return np.maximum(predicted, 0).astype(np.float32)
+
+
+def load_batches(windows: SpotWindows, order: Any, batch_size: int) -> DataLoader[Batch]:
+    """Load whole batches of windows in an order (indices, or a sampler)."""
+    # A loader draws a seed for its workers even without any: not from torch's global generator.
+    return DataLoader(
+        windows, batch_size=batch_size, sampler=order, collate_fn=lambda batch: batch, generator=torch.Generator()
+    )
+
+
+def scaled(levels: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Bring uint8 windows to a device, as floats in 0..1."""
+    return [level.to(device, non_blocking=True).float() / 255 for level in levels]
+
+
+def save_model(model: TrainedModel, folder: Path, card: str, scores: pd.DataFrame | None = None) -> None:
+    """Write the model's folder, whole or not at all.
+
+    Parameters
+    ----------
+    model
+        What `train` gave.
+    folder
+        Where to write it.
+    card
+        Text of `card.md`.
+    scores
+        A row for each gene (indexed by symbol) with how well it was predicted in cross-validation.
+    """
+    genes = pd.DataFrame({"gene": model.genes, "mean": model.mean, "std": model.std})
+    if scores is not None:
+        genes = genes.join(scores, on="gene")
+    weights = {f"network.{name}": tensor for name, tensor in model.network.state_dict().items()}
+    weights |= {"mean": torch.from_numpy(model.mean), "std": torch.from_numpy(model.std)}
+    with whole(folder) as part:
+        part.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part / "model.safetensors")
+        (part / "config.json").write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n")
+        genes.to_csv(part / "genes.tsv", sep="\t", index=False, float_format="%.6g")
+        (part / "card.md").write_text(card)
+
+
+def load_model(folder: Path) -> TrainedModel:
+    """Read a model's folder.
+
+    Raises
+    ------
+    HistrataError
+        Where a file is missing or does not belong to the others.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        genes = pd.read_csv(folder / "genes.tsv", sep="\t", dtype={"gene": str}, keep_default_na=False)["gene"]
+        tensors = load_file(folder / "model.safetensors")
+        network = create_model(config["model"], **config["architecture"])
+        state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
+        network.load_state_dict(state)
+        mean, std = tensors["mean"].numpy(), tensors["std"].numpy()
+        mpp, size = tuple(config["mpp"]), int(config["size"])
+        if not len(genes) == len(mean) == len(std) == config["architecture"]["n_genes"]:
+            raise ValueError(f"genes.tsv has {len(genes)} genes, model.safetensors has {len(mean)}")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, HistrataError) as error:
+        reason = str(error).partition("\n")[0]
+        raise HistrataError(
+            f"{folder}: not a whole M2OST model ({reason}); train it again with `histrata m2ost train`"
+        ) from error
+    return TrainedModel(network, genes.tolist(), mean, std, mpp, size, config)

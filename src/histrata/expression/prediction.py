@@ -1,0 +1,79 @@
+"""The predictions for one slide: from files to `expression.h5ad`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from histrata.errors import HistrataError
+from histrata.expression.metrics import gene_scores, read_evaluation
+from histrata.expression.model import load_model
+from histrata.expression.sections import read_section
+from histrata.files import provenance
+from histrata.tables import on_spots, write_table
+
+
+def predict(
+    folder: Path,
+    out: Path,
+    model: Path,
+    *,
+    folds: Path | None = None,
+    evaluation: Path | None = None,
+    device: str = "auto",
+) -> None:
+    """Predict expression at every spot of a slide; write `expression.h5ad`.
+
+    Parameters
+    ----------
+    folder
+        Result folder of the slide.
+    out
+        The `.h5ad` to write.
+    model
+        Folder of the final model.
+    folds
+        The `folds/` of an evaluation. Where the slide was held out in one, that fold's model predicts it: the final
+        model was trained on this slide and would only repeat what it learnt. `obs["fold"]` names the fold.
+    evaluation
+        `evaluation.tsv`; its figures of each gene go into `var`.
+    device
+        auto, cpu, cuda or cuda:N.
+
+    Raises
+    ------
+    HistrataError
+        Where the slide or the model is not whole, or a GPU is asked for where there is none.
+    """
+    section = read_section(folder)
+    fold = _held_out(section.slide_id, folds) if folds else None
+    used = folds / fold if folds and fold else model
+    trained = load_model(used)
+    var = pd.DataFrame(index=pd.Index(trained.genes, name="gene"))
+    if evaluation:
+        var = var.join(gene_scores(read_evaluation(evaluation)))
+    inputs = {"pyramid": section.folder.pyramid / "zarr.json", "spots": section.folder.spots, "model": used}
+    table = on_spots(
+        section.spots,
+        trained.predict([section], device=device),
+        var,
+        provenance({"model": trained.config["model"], "fold": fold}, inputs),
+    )
+    if section.measured is not None:
+        table.layers["measured"] = section.targets(trained.genes)
+    if fold:
+        table.obs["fold"] = pd.Categorical([fold] * table.n_obs)
+    write_table(table, out)
+
+
+def _held_out(slide_id: str, folds: Path) -> str | None:
+    """Return the fold that held the slide out, None where none did."""
+    try:
+        table = pd.read_csv(folds / "folds.tsv", sep="\t", dtype=str, keep_default_na=False)
+        found = table.loc[table["slide"] == slide_id, "fold"].tolist()
+    except (OSError, ValueError, KeyError) as error:
+        raise HistrataError(
+            f"{folds}: not the folds of an evaluation ({error}); run `histrata m2ost evaluate`"
+        ) from error
+    return str(found[0]) if found else None
