@@ -64,12 +64,12 @@ def test_verdict_and_reason(table, data, name):
 
 def test_facts_are_kept_for_rejected_slides_too(table):
     wrong = table.iloc[list(EXPECTED).index("derived/fail-wrong-mpp.svs")]
-    assert (wrong.format, wrong.width, wrong.height, wrong.levels) == ("aperio", 5120, 6656, 3)
+    assert (wrong.vendor, wrong.width, wrong.height, wrong.levels) == ("aperio", 5120, 6656, 3)
     assert wrong.mpp_candidates == "vendor=4.99;objective=0.5"
     assert (wrong.magnification, wrong.bytes) == (20, 3955091)
     assert np.isnan(wrong["mpp"])
     absent = table.iloc[list(EXPECTED).index("nowhere.svs")]
-    assert (absent.format, absent.mpp_source, absent.mpp_candidates) == ("", "", "")
+    assert (absent.vendor, absent.mpp_source, absent.mpp_candidates) == ("", "", "")
 
 
 def test_sheet_gives_its_word_for_um_per_pixel(data):

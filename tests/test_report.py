@@ -85,7 +85,7 @@ def _check_row(slide: str, **other: object) -> dict[str, object]:
         "status": "accepted",
         "reason": "",
         "path": f"/data/{slide}.svs",
-        "format": "aperio",
+        "vendor": "aperio",
         "width": 1000,
         "height": 500,
         "levels": 3,
@@ -131,7 +131,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _slide(results, "A", measured=True, fold="f0")
     _slide(results, "B", measured=False)
     _slide(results, "C", measured=False, on_tissue=False)
-    rejected = dict.fromkeys(("format", "width", "height", "levels", "mpp", "mpp_source", "bytes"), None)
+    rejected = dict.fromkeys(("vendor", "width", "height", "levels", "mpp", "mpp_source", "bytes"), None)
     rows = [
         _check_row("A"),
         _check_row("B", status="warning", reason="The middle of level 2 cannot be decoded."),

@@ -60,7 +60,7 @@ def test_scanner_files_have_the_pixels_and_levels_of_openslide(slides, name):
     path = slides / name
     reference = openslide.OpenSlide(path)
     with open_slide(path, mpp=0.5) as slide:
-        assert slide.format == SLIDES[name]
+        assert slide.vendor == SLIDES[name]
         assert slide.size == reference.dimensions
         assert [(v.width, v.height) for v in slide.levels] == list(reference.level_dimensions)
         assert [v.downsample for v in slide.levels] == list(reference.level_downsamples)
@@ -80,7 +80,7 @@ def test_dicom_folder_is_the_slide_of_its_files(slides):
     folder = slides / "dicom" / "CMU-1-Small-Region"
     reference = openslide.OpenSlide(folder / "level-0-frames-0-30.dcm")
     with open_slide(folder) as slide:
-        assert (slide.format, slide.size, len(slide.levels)) == ("dicom", (2220, 2967), 12)
+        assert (slide.vendor, slide.size, len(slide.levels)) == ("dicom", (2220, 2967), 12)
         assert slide.mpp.value == pytest.approx(0.499)
         expected = np.asarray(reference.read_region((1000, 1500), 1, (200, 100)))[..., :3]
         assert np.array_equal(slide.read_region(1000, 1500, 200, 100, 1)[0], expected)
@@ -222,7 +222,7 @@ def test_flat_tiffs_have_the_pixels_of_tifffile(tmp_path, picture, kind):
     tifffile.imwrite(path, picture, **({"photometric": "rgb"} | TIFFS[kind]))
     expected = tifffile.imread(path)
     with open_slide(path, mpp=0.5) as slide:
-        assert (slide.format, slide.size, slide.bounds) == ("tiff", SIZE, (0, 0, *SIZE))
+        assert (slide.vendor, slide.size, slide.bounds) == ("tiff", SIZE, (0, 0, *SIZE))
         rgb, missing = slide.read_region(-5, 40, 200, 190)
         assert np.array_equal(rgb[:180, 5:], expected[40:, :195])
         assert not missing[:180, 5:].any()
@@ -284,7 +284,7 @@ def test_pyramids_in_subifds_and_in_pages(tmp_path, picture, subifds):
     path = tmp_path / ("p.ome.tif" if subifds else "p.tif")
     levels = write_pyramid(path, picture, subifds=subifds)
     with open_slide(path, mpp=None if subifds else 0.25) as slide:
-        assert slide.format == ("ome-tiff" if subifds else "tiff")
+        assert slide.vendor == ("ome-tiff" if subifds else "tiff")
         assert [(v.width, v.height) for v in slide.levels] == [(p.shape[1], p.shape[0]) for p in levels]
         assert (slide.mpp.value, slide.mpp.source) == (0.25, "ome" if subifds else "sheet")
         for k, level in enumerate(levels):
@@ -407,7 +407,7 @@ def test_plain_images_have_the_pixels_of_pillow(tmp_path, picture, mode, kind):
     Image.fromarray(picture).convert(mode).save(tmp_path / f"i.{kind}", quality=90)
     expected = np.asarray(Image.open(tmp_path / f"i.{kind}").convert("RGB"))
     with open_slide(tmp_path / f"i.{kind}", mpp=0.5) as slide:
-        assert (slide.format, slide.size) == (kind, SIZE)
+        assert (slide.vendor, slide.size) == (kind, SIZE)
         rgb, missing = slide.read_region(10, 20, 100, 50)
         assert np.array_equal(rgb, expected[20:70, 10:110])
         assert not missing.any()
@@ -418,7 +418,7 @@ def test_section_image_of_spatial_transcriptomics(data, monkeypatch):
     with pytest.raises(SlideError, match="`mpp` column"):
         open_slide(path)
     with open_slide(path, mpp=0.688) as slide:
-        assert (slide.format, slide.size) == ("jpeg", (9272, 9923))
+        assert (slide.vendor, slide.size) == ("jpeg", (9272, 9923))
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
         expected = np.asarray(Image.open(path).crop((4000, 4000, 4300, 4200)))
         assert np.array_equal(slide.read_region(4000, 4000, 300, 200)[0], expected)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
+from tqdm import tqdm
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError
@@ -143,7 +144,7 @@ def _encode(
     mean, std = (torch.tensor(settings[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
     outputs = []
     with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-        for start in range(0, len(centres), batch_size):
+        for start in tqdm(range(0, len(centres), batch_size), f"windows at {mpp:g} um/px", disable=None):
             windows, _ = pyramid.windows(centres[start : start + batch_size], mpp, size)
             pixels = torch.from_numpy(windows).to(device).float() / 255
             outputs.append(model((pixels - mean) / std).float().cpu().numpy())

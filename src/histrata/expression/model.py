@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError
@@ -62,7 +63,7 @@ class TrainedModel:
         windows = SpotWindows(sections, self.mpp, self.size)
         outputs = [np.zeros((0, len(self.genes)), dtype=np.float32)]
         with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-            for levels, _ in load_batches(windows, range(len(windows)), batch_size):
+            for levels, _ in tqdm(load_batches(windows, range(len(windows)), batch_size), "predict", disable=None):
                 outputs.append(network(scaled(levels, where)).float().cpu().numpy())
         predicted: np.ndarray = np.concatenate(outputs) * self.std + self.mean
         return np.maximum(predicted, 0).astype(np.float32)

@@ -226,7 +226,7 @@ def _describe(group: zarr.Group, source: Slide, levels: list[zarr.Array], parame
     group.attrs["histrata"] = {
         **provenance(parameters, {"slide": source.path}),
         "slide": source.path.name,
-        "format": source.format,
+        "vendor": source.vendor,
         "size": list(source.size),
         "bounds": list(source.bounds),
         "mpp": mpp,

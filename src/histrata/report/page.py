@@ -20,7 +20,7 @@ from histrata.report.scores import describe_expression, describe_genes, describe
 from histrata.report.slides import choose_genes, describe_slide, read_trained_on
 
 _PACKAGES = ("anndata", "lifelines", "lightning", "numpy", "openslide-python", "tifffile", "timm", "torch", "zarr")
-_CHECK = ("slide_id", "patient_id", "status", "reason", "path", "format", "mpp_source")
+_CHECK = ("slide_id", "patient_id", "status", "reason", "path", "vendor", "mpp_source")
 _CHECK_NUMBERS = ("width", "height", "levels", "mpp", "bytes")
 
 

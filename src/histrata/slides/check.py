@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from histrata.errors import HistrataError, SlideError
 from histrata.slides.mpp import choose_mpp, list_candidates
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 Preflight = Callable[["SlideRow", Slide], list[str]]
 
 COLUMNS = (
-    "slide_id", "patient_id", "status", "reason", "path", "format", "width", "height", "levels", "mpp",
+    "slide_id", "patient_id", "status", "reason", "path", "vendor", "width", "height", "levels", "mpp",
     "mpp_source", "mpp_candidates", "magnification", "bytes",
 )  # fmt: skip
 _PROBE = 64
@@ -52,10 +53,11 @@ def check_slides(rows: Sequence[SlideRow], preflight: Preflight | None = None, t
         level-0 px, `mpp` um per level-0 px.
     """
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        verdicts = list(pool.map(lambda row: _check(row, preflight), rows))
+        checked = pool.map(lambda row: _check(row, preflight), rows)
+        verdicts = list(tqdm(checked, "check", total=len(rows), unit="slide", disable=None))
     table = pd.DataFrame(verdicts, columns=list(COLUMNS))
     whole = dict.fromkeys(("width", "height", "levels", "bytes"), "Int64")
-    text = dict.fromkeys(("format", "mpp_source", "mpp_candidates"), "object")
+    text = dict.fromkeys(("vendor", "mpp_source", "mpp_candidates"), "object")
     numbers = dict.fromkeys(("mpp", "magnification"), "float64")
     return table.astype(whole | text | numbers).fillna(dict.fromkeys(text, ""))
 
@@ -77,7 +79,7 @@ def _examine(row: SlideRow, reader: Reader, preflight: Preflight | None, verdict
     """Write into `verdict` what is known of an open slide, and return what is odd about it."""
     candidates = list_candidates(row.mpp, reader.evidence)
     verdict |= {
-        "format": reader.format,
+        "vendor": reader.vendor,
         "width": reader.levels[0].width,
         "height": reader.levels[0].height,
         "levels": len(reader.levels),

@@ -33,7 +33,7 @@ class ImageReader:
         self._lock = threading.Lock()
         self._pixels: tuple[Rgb, Mask] | None = None
         with path.open("rb") as stream:
-            self.format = "png" if stream.read(8) == PNG_MAGIC else "jpeg"
+            self.vendor = "png" if stream.read(8) == PNG_MAGIC else "jpeg"
         width, height, dpi = self._read_header()
         self.levels = make_levels([(width, height)])
         self.bounds = (0, 0, width, height)
@@ -43,7 +43,7 @@ class ImageReader:
 
     def _read_header(self) -> tuple[int, int, tuple[float, float]]:
         # Pillow's classes are used directly since `Image.open` refuses images that are a usual size here.
-        kind = PngImageFile if self.format == "png" else JpegImageFile
+        kind = PngImageFile if self.vendor == "png" else JpegImageFile
         try:
             with kind(self._path) as image:
                 mode, (width, height) = image.mode, image.size
@@ -54,7 +54,7 @@ class ImageReader:
         except _HEADER_ERRORS as error:
             told = f"{error}".strip(" .") or type(error).__name__
             raise self._error(f"has an unreadable header ({told}): copy or export it again") from error
-        if mode not in _MODES or (self.format == "png" and ";16" in str(bits)):
+        if mode not in _MODES or (self.vendor == "png" and ";16" in str(bits)):
             raise self._error(f"has {bits or mode} pixels, not 8-bit grey or RGB: save it as 8-bit RGB")
         if orientation not in (0, 1):
             raise self._error("is marked to be shown turned or mirrored (EXIF orientation): save it upright")
@@ -77,10 +77,10 @@ class ImageReader:
     def _decode(self) -> tuple[Rgb, Mask]:
         data = self._path.read_bytes()
         # A JPEG decoder fills up a cut image with grey in silence; neither mark occurs in compressed data.
-        if self.format == "jpeg" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        if self.vendor == "jpeg" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
             raise self._error("is truncated (no end-of-image mark): copy it again from where it came")
         try:
-            decode = imagecodecs.png_decode if self.format == "png" else imagecodecs.jpeg8_decode
+            decode = imagecodecs.png_decode if self.vendor == "png" else imagecodecs.jpeg8_decode
             pixels: NDArray[np.uint8] = decode(data)
         except (RuntimeError, ValueError) as error:  # every error of imagecodecs is a RuntimeError
             raise self._error(f"cannot be decoded ({error}): copy or export it again") from error

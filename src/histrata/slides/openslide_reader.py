@@ -32,7 +32,7 @@ class OpenSlideReader:
         self._handle = self._open()
         properties = self._handle.properties
         sizes = zip(self._handle.level_dimensions, self._handle.level_downsamples, strict=True)
-        self.format: str = properties["openslide.vendor"]
+        self.vendor: str = properties["openslide.vendor"]
         self.levels = tuple(Level(w, h, downsample) for (w, h), downsample in sizes)
         self.magnification = number(properties.get("openslide.objective-power"))
         self.bounds = self._bounds()

@@ -34,7 +34,7 @@ class Reader(Protocol):
     `undecodable` counts the failures to decode so far: the pixels concerned are returned as missing.
     """
 
-    format: str
+    vendor: str
     levels: tuple[Level, ...]
     bounds: tuple[int, int, int, int]
     magnification: float | None

@@ -44,9 +44,9 @@ class Slide:
         self._reader = reader
 
     @property
-    def format(self) -> str:
+    def vendor(self) -> str:
         """Vendor as OpenSlide names it, or "ome-tiff", "tiff", "jpeg", "png"."""
-        return self._reader.format
+        return self._reader.vendor
 
     @property
     def levels(self) -> tuple[Level, ...]:

@@ -93,7 +93,7 @@ class TiffReader:
             self._refuse_lost_segments(plane)
         self._mapped = [_map(self._path, plane) for plane in self._planes]
         self.levels = make_levels([(plane.width, plane.height) for plane in self._planes])
-        self.format = "ome-tiff" if self._tiff.is_ome else "tiff"
+        self.vendor = "ome-tiff" if self._tiff.is_ome else "tiff"
         width, height = self.levels[0].width, self.levels[0].height
         self.bounds = (0, 0, width, height)
         ome, power = ome_scale(self._tiff.ome_metadata or "", width, height)
