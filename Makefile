@@ -29,13 +29,13 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 
 demo: setup
 	@test -f $(DEMO)/config.yaml || $(BIN)/histrata demo-data $(DEMO)
-	$(BIN)/snakemake --cores $(CORES) --directory $(DEMO) --configfile $(DEMO)/config.yaml --quiet rules
+	$(BIN)/snakemake --cores $(CORES) --directory $(DEMO) --configfile $(DEMO)/config.yaml
 	@echo
 	@echo "Done. Open $(DEMO)/results/report.html in a browser,"
 	@echo "and read $(DEMO)/results/slides/demo-01/expression.h5ad with scanpy."
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
@@ -45,7 +45,7 @@ lint: setup
 	$(BIN)/snakemake --lint --configfile config/her2st/config.yaml
 
 bench: setup
-	@for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/memory.py benchmarks/windows.py benchmarks/training.py; do $(BIN)/python $$script || exit 1; done
 
 lock: setup
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --generate-hashes --upgrade \

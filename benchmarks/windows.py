@@ -7,7 +7,6 @@ CMU-1-Small-Region mirrored 4 x 4 (105 MPix), below HISTRATA_DATA.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -16,22 +15,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import openslide
+from mirrored import write_mirrored
 
-from histrata.demo.aperio import write_svs
 from histrata.pyramid import Pyramid
 from histrata.pyramid.writer import write_pyramid
 
-DATA = Path(os.environ.get("HISTRATA_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SCALES, SIZE, SPOTS, REPEATS = (1.0, 2.0, 4.0), 112, 200, 3
-
-
-def mirrored(source: Path, times: int) -> np.ndarray:
-    slide = openslide.OpenSlide(source)
-    rgb = np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))
-    pair = np.concatenate([rgb, rgb[:, ::-1]], axis=1)
-    pair = np.concatenate([pair, pair[::-1]], axis=0)
-    tiled = np.tile(pair, (times // 2, times // 2, 1))
-    return tiled[: tiled.shape[0] // 16 * 16, : tiled.shape[1] // 16 * 16]
 
 
 def with_openslide(slide: openslide.OpenSlide, centres: np.ndarray, mpp: float) -> None:
@@ -46,10 +35,8 @@ def with_openslide(slide: openslide.OpenSlide, centres: np.ndarray, mpp: float) 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         svs, zarr = Path(folder) / "mirrored.svs", Path(folder) / "mirrored.ome.zarr"
-        rgb = mirrored(DATA / "slides" / "CMU-1-Small-Region.svs", 4)
-        write_svs(svs, rgb, 0.499)
+        width, height = write_mirrored(svs, 4)
         write_pyramid(svs, zarr, threads=2)
-        height, width = rgb.shape[:2]
         centres = np.random.default_rng(0).uniform((500, 500), (width - 500, height - 500), (SPOTS, 2))
         seconds: dict[str, list[float]] = {"pyramid": [], "openslide": []}
         for _ in range(REPEATS):
