@@ -29,7 +29,8 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 
 demo: setup
 	@test -f $(DEMO)/config.yaml || $(BIN)/histrata demo-data $(DEMO)
-	$(BIN)/snakemake --cores $(CORES) --directory $(DEMO) --configfile $(DEMO)/config.yaml
+	$(BIN)/snakemake --cores $(CORES) --directory $(DEMO) --configfile $(DEMO)/config.yaml \
+		--set-threads pyramid=1 embed=1 m2ost_predict=1  # small slides: side by side beats many threads
 	@echo
 	@echo "Done. Open $(DEMO)/results/report.html in a browser,"
 	@echo "and read $(DEMO)/results/slides/demo-01/expression.h5ad with scanpy."

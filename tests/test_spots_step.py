@@ -85,6 +85,7 @@ def test_measured_spots_keep_their_counts_and_places(made: Path, tmp_path: Path)
     np.testing.assert_allclose(got.obs["missing_fraction"], [0, 0, 0, 1], atol=1e-6)
     own = got.uns["histrata"]
     assert (own["slide_id"], own["patient_id"], own["spot_diameter_um"]) == ("S", "P", 100)
+    assert own["stain"] == "H&E"
     unmatched = json.loads(own["unmatched"])
     assert (unmatched["spots_without_counts"], unmatched["counts_without_spot"]) == (1, 1)
     assert got.uns["spatial"]["S"]["scalefactors"]["spot_diameter_fullres"] == 100 / MPP
@@ -180,6 +181,7 @@ def test_a_slide_without_tissue_has_a_table_without_spots(made: Path, tmp_path: 
     assert got.shape == (0, 0)
     assert got.obsm["spatial"].shape == (0, 2)
     assert list(got.obs.columns)[:2] == ["slide_id", "patient_id"]
+    assert got.uns["histrata"]["stain"] == "H&E"
     assert got.uns["histrata"]["slide_id"] == "S"
     assert "hires" in got.uns["spatial"]["S"]["images"]
 

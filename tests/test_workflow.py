@@ -26,7 +26,8 @@ def snakemake(folder: Path, *arguments: str, code: int = 0) -> str:
     run = subprocess.run(
         [
             BIN / "snakemake", "--snakefile", ROOT / "Snakefile", "--cores", "2", "--directory", folder,
-            "--configfile", folder / "config.yaml", *arguments,
+            "--configfile", folder / "config.yaml", *arguments, "--set-threads", "pyramid=1", "embed=1",
+            "m2ost_predict=1",
         ],
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
@@ -62,7 +63,7 @@ def run(tmp_path_factory) -> Path:
     with (folder / "slides.tsv").open("a") as sheet:
         sheet.write("broken\tbroken.svs\tpatient-99\n")
     (folder / "broken.svs").write_bytes(b"not a slide")
-    change(folder, m2ost={"epochs": 14, "n_genes": 60})
+    change(folder, m2ost={"epochs": 12, "n_genes": 60})
     snakemake(folder)
     return folder
 

@@ -6,7 +6,8 @@ Every table of spots (`spots.h5ad`, `embedding.h5ad`, `expression.h5ad`) has
   `missing_fraction`; indexed by `<slide_id>:<barcode>`, unique over a cohort;
 - `obsm["spatial"]`: spot centres (x, y) in level-0 px, float64; `obsm["spatial_um"]`: the same in um;
 - `uns["spatial"][slide_id]`: `images` (`hires`, `lowres`) and `scalefactors`, as Space Ranger has them;
-- `uns["histrata"]`: `provenance` (JSON text), `mpp` (um/px of level 0) and `spot_diameter_um`.
+- `uns["histrata"]`: `provenance` (JSON text), `slide_id`, `patient_id`, `stain`, `mpp` (um/px of level 0) and
+  `spot_diameter_um`.
 """
 
 from __future__ import annotations

@@ -43,6 +43,16 @@ WEIGHTS = of_config(config["embed"]["weights"]) if config["embed"]["weights"] el
 PANEL = (
     [] if config["m2ost"]["panel"] in PANELS else of_config(config["m2ost"]["panel"])
 )
+for key, path in {
+    "m2ost.pretrained": PRETRAINED,
+    "m2ost.panel": PANEL,
+    "embed.weights": WEIGHTS,
+}.items():
+    if path and not path.exists():
+        stop(
+            f"{CONFIG_FILE}: {key} is {path}, which is not there; correct the path, or leave the key out"
+        )
+
 GPU = int(config["device"].startswith("cuda"))
 
 
@@ -118,6 +128,7 @@ def spot_flags(wildcards):
         "expression": row.expression,
         "positions": row.spots,
         "spot_diameter_um": row.spot_diameter_um,
+        "stain": row.stain,
     }
     if not row.expression:
         return flags(own | config["spots"])

@@ -98,6 +98,7 @@ def write_spots(
     table.uns["histrata"] |= {
         "slide_id": row.slide_id,
         "patient_id": row.patient_id,
+        "stain": row.stain or "H&E",
         "unmatched": json.dumps(unmatched),
     }
     write_table(table, out)
