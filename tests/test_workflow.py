@@ -163,6 +163,11 @@ def test_a_parameter_reruns_its_stage_and_what_follows(run):
         assert set(planned(run)) == {"report", "all"}
         (run / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load(config) | {"device": "cpu"}))
         assert planned(run) == {}
+        (run / "config.yaml").write_text(config)
+        change(run, m2ost={"pretrained": "results/m2ost/model"})
+        jobs = planned(run)
+        assert jobs["m2ost_predict"] == 6
+        assert not {"m2ost_evaluate", "m2ost_train", "spots"} & set(jobs)
     finally:
         (run / "config.yaml").write_text(config)
 
@@ -204,10 +209,21 @@ def test_a_bad_sheet_ends_in_one_sentence(tmp_path, sheet, expected):
     assert not (tmp_path / "results").exists()
 
 
-def test_a_bad_key_ends_in_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("tisue: {}", "did you mean 'tissue'"),
+        ("m2ost: {pretrained: elsewhere}", "m2ost.pretrained is"),
+        ("m2ost: {n_genes: 0}", "m2ost.n_genes is 0"),
+        ("patients: patients.tsv", "embed.encoder"),
+    ],
+)
+def test_a_bad_configuration_ends_in_one_sentence(tmp_path, config, expected):
     (tmp_path / "slides.tsv").write_text("slide_id\tpath\nA\ta.svs\n")
-    (tmp_path / "config.yaml").write_text("slides: slides.tsv\ntisue: {}\n")
-    assert "did you mean 'tissue'" in snakemake(tmp_path, code=2)
+    (tmp_path / "config.yaml").write_text(f"slides: slides.tsv\n{config}\n")
+    said = snakemake(tmp_path, code=2)
+    assert [line for line in said.splitlines() if line.startswith("error:") and expected in line]
+    assert "Traceback" not in said
 
 
 def test_the_real_configurations_plan(data, tmp_path):
