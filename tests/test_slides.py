@@ -399,11 +399,11 @@ def test_memory_of_a_region_does_not_grow_with_the_tiff(tmp_path):
 # --- Plain images
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "LA"])
-@pytest.mark.parametrize("kind", ["png", "jpeg"])
-def test_plain_images_have_the_pixels_of_pillow(tmp_path, picture, mode, kind):
-    if kind == "jpeg" and mode in ("P", "LA"):
-        pytest.skip("JPEG has no such mode")
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("png", "RGB"), ("png", "L"), ("png", "P"), ("png", "LA"), ("jpeg", "RGB"), ("jpeg", "L")],
+)
+def test_plain_images_have_the_pixels_of_pillow(tmp_path, picture, kind, mode):
     Image.fromarray(picture).convert(mode).save(tmp_path / f"i.{kind}", quality=90)
     expected = np.asarray(Image.open(tmp_path / f"i.{kind}").convert("RGB"))
     with open_slide(tmp_path / f"i.{kind}", mpp=0.5) as slide:

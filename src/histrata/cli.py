@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
@@ -16,6 +17,9 @@ import yaml
 from histrata import __version__
 from histrata.errors import HistrataError
 from histrata.folders import SlideFolder
+
+if TYPE_CHECKING:
+    from histrata.expression.training import M2OSTOptions
 
 app = typer.Typer(
     name="histrata",
@@ -244,6 +248,14 @@ def _model_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
+def _m2ost_options(given: dict[str, Any]) -> M2OSTOptions:
+    """Pick what `M2OSTOptions` takes out of the arguments of a command."""
+    from histrata.expression.training import M2OSTOptions
+
+    chosen = {field.name: given[field.name] for field in fields(M2OSTOptions) if field.name in given}
+    return M2OSTOptions(**chosen, model_options=_model_options(given["model_option"]))
+
+
 @m2ost.command("evaluate")
 def m2ost_evaluate(
     folders: Folders,
@@ -272,25 +284,10 @@ def m2ost_evaluate(
 
     Example: histrata m2ost evaluate results/slides/* --out results/m2ost
     """
+    given = locals()
     from histrata.expression.evaluation import evaluate
-    from histrata.expression.training import M2OSTOptions
 
-    options = M2OSTOptions(
-        model=model,
-        model_options=_model_options(model_option),
-        levels=levels,
-        field_um=field_um,
-        size=size,
-        panel=panel,
-        n_genes=n_genes,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        jitter=jitter,
-        seed=seed,
-        device=device,
-    )
+    options = _m2ost_options(given)
     evaluate(folders, out, options, folds=folds, k=k, checkpoints=checkpoints or out / "checkpoints" / "folds")
 
 
@@ -319,25 +316,10 @@ def m2ost_train(
 
     Example: histrata m2ost train results/slides/* --evaluation results/m2ost/evaluation.tsv
     """
+    given = locals()
     from histrata.expression.final import train_final
-    from histrata.expression.training import M2OSTOptions
 
-    options = M2OSTOptions(
-        model=model,
-        model_options=_model_options(model_option),
-        levels=levels,
-        field_um=field_um,
-        size=size,
-        panel=panel,
-        n_genes=n_genes,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        jitter=jitter,
-        seed=seed,
-        device=device,
-    )
+    options = _m2ost_options(given)
     train_final(
         folders,
         out,
