@@ -188,3 +188,16 @@ def test_the_environment_of_the_rules_has_the_dependencies_of_the_package() -> N
         pip = next(d["pip"] for d in yaml.safe_load(file.read_text())["dependencies"] if isinstance(d, dict))
         assert [d for d in pip if not d.startswith("histrata")] == project["dependencies"]
         assert sum(d.startswith("histrata") for d in pip) == 1
+
+
+def test_the_reference_explains_every_key_and_column():
+    """`config/README.md` has a row for each, with its default as the schema has it."""
+    text = (ROOT / "config" / "README.md").read_text()
+    for sheet in ("slides", "patients"):
+        for column, rule in schema(sheet)["properties"].items():
+            assert f"| `{column}` |" in text
+            assert " ".join(rule["description"].split()) in text
+    for section, rule in schema("config")["properties"].items():
+        for key, inner in rule.get("properties", {}).items():
+            default = "null" if inner["default"] is None else inner["default"]
+            assert f"| `{section}.{key}` | {default} |" in text
