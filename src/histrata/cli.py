@@ -288,7 +288,7 @@ def m2ost_evaluate(
     from histrata.expression.evaluation import evaluate
 
     options = _m2ost_options(given)
-    evaluate(folders, out, options, folds=folds, k=k, checkpoints=checkpoints or out / "checkpoints" / "folds")
+    evaluate(folders, out, options, folds=folds, k=k, checkpoints=checkpoints or out / "checkpoints-folds")
 
 
 @m2ost.command("train")
@@ -325,7 +325,7 @@ def m2ost_train(
         out,
         options,
         evaluation=evaluation,
-        checkpoints=checkpoints or out.parent / "checkpoints" / "final",
+        checkpoints=checkpoints or out.parent / "checkpoints-final",
     )
 
 
