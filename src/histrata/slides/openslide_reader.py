@@ -36,6 +36,10 @@ class OpenSlideReader:
         self.levels = tuple(Level(w, h, downsample) for (w, h), downsample in sizes)
         self.magnification = number(properties.get("openslide.objective-power"))
         self.bounds = self._bounds()
+        self._tiles = tuple(
+            {side: int(properties.get(f"openslide.level[{i}].tile-{side}", _TILE)) for side in ("width", "height")}
+            for i in range(len(self.levels))
+        )
         self.evidence = Evidence(
             vendor=positive_pair(number(properties.get("openslide.mpp-x")), number(properties.get("openslide.mpp-y"))),
             resolution=resolution_mpp(
@@ -109,7 +113,8 @@ class OpenSlideReader:
         tiles; it is cut off on its own, so that a damaged tile does not take its neighbour along.
         """
         downsample = self.levels[level].downsample
-        tile = int(self._handle.properties.get(f"openslide.level[{level}].tile-{side}", _TILE))
+        # Not asked of the shared handle: it fails, even at its properties, once another thread met damage.
+        tile = self._tiles[level][side]
         first = (start - self.bounds[0 if side == "width" else 1]) / downsample
         borders = (k * tile - first for k in range(math.ceil(first / tile), math.ceil((first + size) / tile)))
         cuts = {0, size}
