@@ -98,7 +98,7 @@ class Cohort:
                 cells[16:-16, 16:-16] = np.clip(pixels, 0, 240)[16:-16, 16:-16] - [10, 60, 10]
             cv2.imwrite(str(picture), np.clip(cells, 0, 255).astype(np.uint8)[..., ::-1])
         paths = SlideFolder(self.path / slide)
-        write_pyramid(picture, paths.pyramid, mpp=1.0, tile=64, block=128)
+        write_pyramid(picture, paths.pyramid, mpp=1.0, tile=64, shard=2)
         write_tissue(paths.pyramid, paths.tissue, paths.tissue_picture, min_area_um2=1000)
         row = SlideRow(slide, picture, patient_id=patient, spot_diameter_um=24)
         if measured:

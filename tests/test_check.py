@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
+import openslide
 import pytest
 import tifffile
 from PIL import Image
@@ -10,6 +14,7 @@ from PIL import Image
 from histrata.errors import TableError
 from histrata.sheets import SlideRow
 from histrata.slides.check import COLUMNS, check_slides
+from mirax import write_mirax
 
 EXPECTED = {
     "CMU-1-Small-Region.svs": ("accepted", ""),
@@ -83,17 +88,18 @@ def test_sheet_gives_its_word_for_um_per_pixel(data):
 def test_preflight_warns_and_rejects(data):
     rows = rows_of(data / "slides", ["CMU-1-Small-Region.svs", "derived/aperio-jpeg.svs", "nowhere.svs"])
 
-    def preflight(row, slide):
+    def preflight(row, size):
         if row.slide_id == "s0":
-            assert slide.size == (2220, 2967)
-            return ["Two spots lack counts."]
+            assert size == (2220, 2967)
+            return ["Two spots lack counts."], (0.48, 0.5)
         msg = "no spot lies on the slide."
         raise TableError(msg)
 
     table = check_slides(rows, preflight)
     assert list(table.status) == ["warning", "rejected", "rejected"]
     assert list(table.reason[:2]) == ["Two spots lack counts.", "no spot lies on the slide."]
-    assert table["mpp"][1] == 0.499
+    assert list(table.mpp_candidates) == ["vendor=0.499;objective=0.5;spots=0.49", "vendor=0.499;objective=0.5", ""]
+    assert list(table["mpp"][:1]) == [0.499]
 
 
 def test_no_rows_give_an_empty_table():
@@ -136,3 +142,117 @@ def test_black_border_is_no_fluorescence_and_no_tissue_no_fault(tmp_path):
     Image.fromarray(np.full((400, 400, 3), 245, np.uint8)).save(tmp_path / "glass.png")
     table = check_slides(rows_of(tmp_path, ["border.png", "glass.png"], mpp=0.5))
     assert list(table.status) == ["accepted", "accepted"]
+
+
+# ---- faults ---------------------------------------------------------------------------------------------
+
+
+def cut(path, share):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.7, 0.97])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CMU-1-Small-Region.svs", "CMU-1-Small-Region.jpeg.tiff", "XYC-jpeg-128.ome.tiff", "test3-DAPI-2-387.ndpi",
+        "tcga-cr-7395-01a-01-ts1.svs", "derived/leica.scn",
+    ],
+)  # fmt: skip
+def test_a_file_cut_anywhere_is_rejected(data, tmp_path, name, share):
+    path = tmp_path / Path(name).name
+    shutil.copyfile(data / "slides" / name, path)
+    cut(path, share)
+    row = check_slides(rows_of(tmp_path, [path.name], mpp=0.5)).iloc[0]
+    assert row.status == "rejected"
+    assert "copy" in row.reason
+    assert str(path) in row.reason
+
+
+@pytest.fixture
+def dicom(data, tmp_path):
+    folder = tmp_path / "dicom"
+    folder.mkdir()
+    for file in (data / "slides/dicom/CMU-1-Small-Region").iterdir():
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+FINEST = "level-0-frames-0-30.dcm"
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.98])
+@pytest.mark.parametrize("file", [FINEST, "level-2-frames-0-4.dcm"])
+def test_a_dicom_folder_with_a_file_cut_is_rejected(dicom, file, share):
+    cut(dicom / file, share)
+    row = check_slides(rows_of(dicom.parent, [dicom.name])).iloc[0]
+    assert row.status == "rejected"
+    assert str(dicom) in row.reason
+
+
+def test_a_dicom_folder_without_its_finest_level_is_rejected(dicom):
+    (dicom / FINEST).unlink()
+    row = check_slides(rows_of(dicom.parent, [dicom.name])).iloc[0]
+    assert row.status == "rejected"
+    assert "lacks the file of its finest level" in row.reason
+    for file in dicom.iterdir():
+        file.unlink()
+    assert "without a DICOM slide" in check_slides(rows_of(dicom.parent, [dicom.name])).reason[0]
+
+
+@pytest.fixture
+def mirax(data, tmp_path):
+    with openslide.OpenSlide(data / "slides" / "CMU-1-Small-Region.svs") as slide:
+        rgb = np.asarray(slide.read_region((200, 200), 0, (512, 256)).convert("RGB"))
+    return write_mirax(tmp_path / "m.mrxs", rgb, mpp=0.2425, power=20, levels=3)
+
+
+def test_a_mirax_slide_with_its_folder_is_read(mirax):
+    row = check_slides(rows_of(mirax.parent, ["m.mrxs"], mpp=0.2425)).iloc[0]
+    assert (row.status, row.vendor, row.levels, row.width, row.height) == ("accepted", "mirax", 3, 512, 256)
+    assert row.bytes == sum(p.stat().st_size for p in (mirax.with_suffix(".mrxs"), *mirax.iterdir()))
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.6, 0.99])
+@pytest.mark.parametrize("file", ["Data0000.dat", "Data0001.dat", "Data0002.dat", "Index.dat", "Slidedat.ini"])
+def test_a_mirax_slide_that_lacks_some_of_its_folder_is_rejected(mirax, file, share):
+    if share is None:
+        (mirax / file).unlink()
+    else:
+        cut(mirax / file, share)
+    row = check_slides(rows_of(mirax.parent, ["m.mrxs"], mpp=0.2425)).iloc[0]
+    assert row.status == "rejected"
+    assert "m.mrxs" in row.reason
+    if file.startswith("Data"):
+        assert file in row.reason
+
+
+def test_a_mirax_slide_without_its_folder_is_rejected(mirax):
+    shutil.rmtree(mirax)
+    row = check_slides(rows_of(mirax.parent, ["m.mrxs"], mpp=0.2425)).iloc[0]
+    assert (row.status, row.vendor) == ("rejected", "")
+    assert "its folder of the same name is missing" in row.reason
+
+
+NO_SLIDE = {
+    "crypt4gh.svs": b"crypt4gh\1\0\0\0" + bytes(range(256)),
+    "openssl.svs": b"Salted__" + bytes(range(256)),
+    "noise.svs": np.random.default_rng(0).bytes(5000),
+    "page.svs": b"<!DOCTYPE html><html>403 Forbidden</html>",
+    "text.ndpi": b"slide_id\tpath\nA\tA.svs\n",
+    "empty.scn": b"",
+    "archive.mrxs": b"PK\x03\x04" + bytes(100),
+}
+
+
+def test_encrypted_misnamed_and_empty_files_are_rejected_with_what_was_found(tmp_path):
+    for name, content in NO_SLIDE.items():
+        (tmp_path / name).write_bytes(content)
+    table = check_slides(rows_of(tmp_path, NO_SLIDE, mpp=0.5))
+    assert (table.status == "rejected").all()
+    for row, name in zip(table.itertuples(), NO_SLIDE, strict=True):
+        assert str(tmp_path / name) in row.reason
+    reasons = dict(zip(NO_SLIDE, table.reason, strict=True))
+    assert "encrypted" in reasons["openssl.svs"]
+    assert "decrypt" in reasons["crypt4gh.svs"]
+    assert "is empty" in reasons["empty.scn"]

@@ -118,7 +118,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no um/px": (["pyramid", "a.png", "out"], ["a.png", "mpp"]),
     "negative um/px": (["pyramid", "a.png", "out", "--mpp", "-1"], ["a.png", "mpp"]),
     "tile": (["pyramid", "a.png", "out", "--mpp", "1", "--tile", "100"], ["tile 100", "power of two"]),
-    "block": (["pyramid", "a.png", "out", "--mpp", "1", "--block", "256"], ["block 256"]),
+    "shard": (["pyramid", "a.png", "out", "--mpp", "1", "--shard", "3"], ["shard 3"]),
     "tissue without pyramid": (["tissue", "nowhere"], ["nowhere", "histrata pyramid"]),
     "tissue of a file": (["tissue", "a.png"], ["a.png", "histrata pyramid"]),
     "spots without pyramid": (["spots", "nowhere"], ["nowhere", "histrata pyramid"]),

@@ -44,7 +44,14 @@ def test_every_default_is_filled_in() -> None:
 def test_what_is_given_stays_and_is_not_changed() -> None:
     given = {"slides": "s.tsv", "pyramid": {"tile": 512}, "m2ost": {"model_options": {"depth": 2}}}
     whole = complete(given, FILE)
-    assert whole["pyramid"] == {"tile": 512, "block": 2048, "codec": "zstd", "quality": 90}
+    assert whole["pyramid"] == {
+        "codec": "auto",
+        "quality": 85,
+        "levels": None,
+        "tile": 512,
+        "shard": 8,
+        "scheduler": None,
+    }
     assert whole["m2ost"]["model_options"] == {"depth": 2}
     assert given == {"slides": "s.tsv", "pyramid": {"tile": 512}, "m2ost": {"model_options": {"depth": 2}}}
 
@@ -82,7 +89,6 @@ def test_numbers_without_a_point_are_numbers() -> None:
         ({"slides": "s", "m2ost": {"learning_rate": "fast"}}, ["key m2ost.learning_rate is 'fast'"]),
         ({"slides": "s", "pyramid": {"codec": "png"}}, ["key pyramid.codec is 'png'", "zstd", "jpeg"]),
         ({"slides": "s", "pyramid": {"tile": 300}}, ["key pyramid.tile is 300"]),
-        ({"slides": "s", "pyramid": {"tile": 1024, "block": 1024}}, ["pyramid.block must be larger than pyramid.tile"]),
         ({"slides": "s", "pyramid": []}, ["key pyramid is []"]),
         ({"slides": "s", "embed": {"mpp": []}}, ["key embed.mpp is []"]),
         ({"slides": "s", "embed": {"mpp": [0.5, -1]}}, ["key embed.mpp.1 is -1"]),

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from histrata.demo import write_demo
+from histrata.demo.aperio import write_svs
 from histrata.demo.biology import draw_compositions, draw_follow_up, log_hazards
 from histrata.demo.picture import KINDS
 from histrata.errors import HistrataError
@@ -61,6 +62,37 @@ def test_tiff_directories_come_in_aperios_order(cohort: Path) -> None:
     with tifffile.TiffFile(cohort / "slides" / "demo-01.svs") as tiff:
         assert [page.is_tiled for page in tiff.pages] == [True, False, True, True]
         assert all("DateTime" not in page.tags for page in tiff.pages)
+
+
+class OnDemand:
+    """A smooth picture that counts the largest part asked for, and is never whole in memory."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.shape, self.largest = (height, width, 3), 0
+
+    def __getitem__(self, part: tuple[slice, slice]) -> np.ndarray:
+        y, x = np.ogrid[part]
+        self.largest = max(self.largest, y.size * x.size)
+        return np.stack(np.broadcast_arrays(y * 255 // self.shape[0], x * 255 // self.shape[1], 128), -1).astype(
+            np.uint8
+        )
+
+
+def test_a_picture_given_piece_by_piece_is_the_same_slide(tmp_path: Path) -> None:
+    height, width = 803, 9001
+    picture = OnDemand(height, width)
+    write_svs(tmp_path / "pieces.svs", picture, 0.5)
+    assert picture.largest < height * width / 2
+    whole = picture[0:height, 0:width]
+    write_svs(tmp_path / "whole.svs", whole, 0.5)
+    assert digest(tmp_path / "pieces.svs") == digest(tmp_path / "whole.svs")
+    with openslide.OpenSlide(tmp_path / "pieces.svs") as slide:
+        assert slide.level_dimensions == ((9001, 803), (2250, 200), (562, 50))
+        for level, factor in enumerate((1, 4, 16)):
+            columns, rows = slide.level_dimensions[level]
+            seen = np.asarray(slide.read_region((0, 0), level, (columns, rows)).convert("RGB"), float)
+            cells = whole[: rows * factor, : columns * factor].reshape(rows, factor, columns, factor, 3)
+            assert np.abs(seen - cells.mean(axis=(1, 3))).mean() < 2
 
 
 def test_pixels_agree_with_the_true_regions(cohort: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -75,11 +76,39 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_dead_run_of_another_output_is_left_alone(tmp_path: Path) -> None:
-    other = tmp_path / ".out.tsv.999999999-abc.part"
+    other = tmp_path / f".out.tsv.{socket.gethostname()}~999999999~abc.part"
     other.write_text("")
     with whole(tmp_path / "out") as part:
         part.write_text("x")
     assert other.exists()
+
+
+def test_what_another_machine_writes_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / ".out.elsewhere.example~999999999~abc.part"
+    other.write_text("")
+    with whole(tmp_path / "out") as part:
+        part.write_text("x")
+    assert other.exists()
+
+
+RACER = """
+import sys, time
+from pathlib import Path
+from histrata.files import whole
+for turn in range(30):
+    with whole(Path(sys.argv[1])) as part:
+        part.mkdir()
+        for name in "abc":
+            (part / name).write_text(sys.argv[2])
+"""
+
+
+def test_runs_that_write_one_folder_at_once_leave_one_of_theirs_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    racers = [subprocess.Popen([sys.executable, "-c", RACER, str(out), str(k)]) for k in range(3)]
+    assert [racer.wait() for racer in racers] == [0, 0, 0]
+    assert names(tmp_path) == ["out"]
+    assert len({(out / name).read_text() for name in "abc"}) == 1
 
 
 def test_an_error_keeps_the_old_file(tmp_path: Path) -> None:
@@ -115,7 +144,7 @@ def test_a_folder_replaces_a_folder_whole(tmp_path: Path) -> None:
 
 
 def test_names_with_brackets_are_cleaned_up_too(tmp_path: Path) -> None:
-    left = tmp_path / ".a[1].tsv.999999999-abc.part"
+    left = tmp_path / f".a[1].tsv.{socket.gethostname()}~999999999~abc.part"
     left.write_text("")
     with whole(tmp_path / "a[1].tsv") as part:
         part.write_text("x")

@@ -20,15 +20,20 @@ def same(value: float) -> tuple[float, float]:
 
 
 def test_sources_win_in_their_order():
-    full = Evidence(vendor=same(0.5), ome=same(0.51), resolution=same(0.52), objective=20)
+    full = Evidence(vendor=same(0.5), ome=same(0.51), resolution=same(0.52), objective=20, spots=same(0.53))
     assert choose_mpp(SLIDE, 0.49, full).source == "sheet"
     assert choose_mpp(SLIDE, None, full).source == "vendor"
     rest = Evidence(ome=same(0.51), resolution=same(0.52), objective=20)
     assert choose_mpp(SLIDE, None, rest).source == "ome"
     assert choose_mpp(SLIDE, None, Evidence(resolution=same(0.52), objective=20)).value == 0.52
+    assert choose_mpp(SLIDE, None, Evidence(objective=20, spots=same(0.53))).source == "objective"
+    assert choose_mpp(SLIDE, None, Evidence(spots=same(0.53))).source == "spots"
     chosen = choose_mpp(SLIDE, None, full)
-    assert chosen.candidates == {"vendor": 0.5, "ome": 0.51, "resolution": 0.52, "objective": 0.5}
+    assert list(chosen.candidates.items()) == [
+        ("vendor", 0.5), ("ome", 0.51), ("resolution", 0.52), ("objective", 0.5), ("spots", 0.53)
+    ]  # fmt: skip
     assert chosen.warnings == ()
+    assert "spots" in choose_mpp(SLIDE, 0.5, full).candidates
 
 
 def test_objective_alone_is_accepted_with_a_warning():
@@ -48,9 +53,16 @@ def test_objective_alone_is_accepted_with_a_warning():
         (Evidence(vendor=same(4.99), objective=20), "20x objective"),
         (Evidence(vendor=same(0.5), objective=40), "40x objective"),
         (Evidence(vendor=same(0.0999), objective=20), "20x objective"),
+        (Evidence(vendor=same(0.249), objective=20), "20x objective"),
+        (Evidence(vendor=same(0.751), objective=20), "20x objective"),
         (Evidence(ome=(0.5, 0.52)), "differ by more than 2 %"),
         (Evidence(vendor=same(4.99), resolution=same(0.499)), "resolution says 0.499"),
         (Evidence(objective=1), "slides have 0.05 to 5"),
+        (Evidence(vendor=same(4.99), spots=same(0.499)), "the spacing of its spots says 0.499"),
+        (Evidence(ome=same(0.25), spots=same(1.0)), "the spacing of its spots says 1"),
+        (Evidence(objective=40, spots=same(1.0)), "the spacing of its spots says 1"),
+        (Evidence(spots=(0.5, 0.52)), "differ by more than 2 %"),
+        (Evidence(spots=same(7.0)), "slides have 0.05 to 5"),
     ],
 )
 def test_what_cannot_be_right_is_refused_and_the_sheet_mends_it(evidence, told):
@@ -68,11 +80,32 @@ def test_default_dpi_gives_way_to_the_objective():
     assert chosen.candidates["resolution"] == pytest.approx(352.78, abs=0.01)
 
 
-def test_camera_adapter_is_believed_with_a_warning():
-    # 3DHISTECH scanners: a 20x objective and 0.2425 um per pixel.
-    chosen = choose_mpp(SLIDE, None, Evidence(vendor=same(0.2425), objective=20))
-    assert chosen.value == 0.2425
-    assert "finer than the objective promises" in chosen.warnings[0]
+@pytest.mark.parametrize("value", [0.25, 0.5, 0.75])
+def test_up_to_half_off_the_objective_is_believed(value):
+    assert choose_mpp(SLIDE, None, Evidence(vendor=same(value), objective=20)).value == value
+
+
+def test_spots_alone_are_accepted_with_a_warning_and_go_before_a_default_dpi():
+    chosen = choose_mpp(SLIDE, None, Evidence(resolution=same(25_400 / 72), spots=(0.687, 0.689)))
+    assert (chosen.value, chosen.source) == (pytest.approx(0.688), "spots")
+    (warning,) = chosen.warnings
+    assert "derived from the spacing of the spots alone" in warning
+
+
+@pytest.mark.parametrize("sheet", [None, 0.5])
+def test_spots_that_contradict_less_than_several_times_are_a_warning(sheet):
+    file = None if sheet else same(0.5)
+    assert choose_mpp(SLIDE, sheet, Evidence(vendor=file, spots=(0.45, 0.56))).warnings == ()
+    (warning,) = choose_mpp(SLIDE, sheet, Evidence(vendor=file, spots=same(0.6))).warnings
+    assert warning == "0.5 um per pixel were used, though the spacing of the spots says 0.6."
+    (warning,) = choose_mpp(SLIDE, sheet, Evidence(vendor=file, spots=(0.5, 1.0))).warnings
+    assert warning.endswith("says 0.5 in x and 1 in y.")
+
+
+def test_the_sheet_goes_before_spots_that_contradict_it_many_times():
+    chosen = choose_mpp(SLIDE, 0.5, Evidence(spots=same(4.0)))
+    assert (chosen.value, chosen.source) == (0.5, "sheet")
+    assert "spacing of the spots says 4" in chosen.warnings[0]
 
 
 def test_sheet_that_contradicts_a_plausible_file_is_used_with_a_warning():

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import anndata as ad
 import h5py
@@ -24,17 +23,14 @@ from scipy.spatial import KDTree
 
 from histrata.errors import TableError
 from histrata.sheets import SlideRow
+from histrata.slides.check import check_slides
 from histrata.spots import grid_on_tissue, preflight, read_measured, tissue_fraction
 from histrata.spots.measured import unique_symbols
+from histrata.spots.spacing import array_mpp
 
 
 def row(expression: Path | None, spots: Path | None = None, **more: object) -> SlideRow:
     return SlideRow("s", Path("s.svs"), expression=expression, spots=spots, row=2, **more)
-
-
-def slide(width: int, height: int, mpp: float = 0.5) -> SimpleNamespace:
-    """Stand in for an open slide: preflight asks for its size and scale alone."""
-    return SimpleNamespace(size=(width, height), mpp=SimpleNamespace(value=mpp))
 
 
 def legacy(data: Path, dataset: str, section: str) -> SlideRow:
@@ -79,12 +75,12 @@ def test_mouse_sections(data: Path, section: str, n: int) -> None:
 def test_preflight_of_a_real_section_is_quick_and_says_what_is_left_out(data: Path) -> None:
     asked = legacy(data, "her2st", "B4")
     measured = read_measured(asked)
-    said = preflight(asked, slide(9300, 9900))
+    said, _ = preflight(asked, (9300, 9900))
     lacking = measured.unmatched["spots_without_counts"]
     assert any(text == f"{lacking} spot(s) lack counts and are left out." for text in said) == (lacking > 0)
     with pytest.raises(TableError, match="lie outside the slide"):
-        preflight(asked, slide(900, 900))
-    assert any("spots lie outside the slide" in text for text in preflight(asked, slide(7000, 9900)))
+        preflight(asked, (900, 900))
+    assert any("spots lie outside the slide" in text for text in preflight(asked, (7000, 9900))[0])
 
 
 # ---- legacy ST, made here -----------------------------------------------------------------------------
@@ -125,10 +121,12 @@ def test_legacy_join_reports_both_sides(section: SlideRow) -> None:
         "spots_off_tissue": 1,
         "repeated_symbols": 1,
     }
-    assert preflight(section, slide(1000, 1000)) == [
+    said, spacing = preflight(section, (1000, 1000))
+    assert said == [
         "1 spot(s) lack counts and are left out.",
         "2 row(s) of the counts belong to no spot and are left out.",
     ]
+    assert spacing is None
 
 
 @pytest.mark.parametrize(
@@ -187,7 +185,7 @@ def test_legacy_counts_that_cannot_be_used(section: SlideRow, edit: Callable[[st
 def test_legacy_positions_that_cannot_be_used(section: SlideRow, edit: Callable[[str], str], said: str) -> None:
     change(section.spots, edit)
     with pytest.raises(TableError, match=said):
-        preflight(section, slide(1000, 1000))
+        preflight(section, (1000, 1000))
 
 
 def test_paths_that_lead_nowhere(section: SlideRow, tmp_path: Path) -> None:
@@ -282,13 +280,7 @@ def test_space_ranger_folder(tmp_path: Path, mtx: bool, header: bool) -> None:
         "spots_off_tissue": 1,
         "repeated_symbols": 1,
     }
-    assert preflight(row(tmp_path / "outs"), slide(2000, 2000, mpp=0.5)) == []
-
-
-def test_wrong_scale_shows_in_visiums_pitch(tmp_path: Path) -> None:
-    write_outs(tmp_path / "outs")
-    (said,) = preflight(row(tmp_path / "outs"), slide(2000, 2000, mpp=0.25))
-    assert said.startswith("Neighbouring spots lie 50 um apart at 0.25 um/px, expected 100 um")
+    assert preflight(row(tmp_path / "outs"), (2000, 2000)) == ([], pytest.approx((0.5, 0.5)))
 
 
 def test_space_ranger_folders_that_cannot_be_used(tmp_path: Path) -> None:
@@ -334,8 +326,9 @@ def test_hest_crop(data: Path) -> None:
     assert measured.genes == list(table.var_names)
     assert measured.array_row is None
     assert measured.diameter_um == 10
-    (note,) = preflight(row(folder / "NCBI858.h5ad"), slide(1431, 1249))
+    (note,), spacing = preflight(row(folder / "NCBI858.h5ad"), (1431, 1249))
     assert "read as row" in note
+    assert spacing is None  # the file does not say what platform it is from
     # The proof that x_pixel is the row: cells lie on nuclei, which are darker in red than what is around.
     red = np.asarray(Image.open(folder / "NCBI858.jpg"))[..., 0]
     x, y = measured.xy.astype(int).T
@@ -344,14 +337,14 @@ def test_hest_crop(data: Path) -> None:
 
 def test_swapped_positions_are_named(tmp_path: Path, table: ad.AnnData) -> None:
     table.write_h5ad(tmp_path / "t.h5ad")
-    assert preflight(row(tmp_path / "t.h5ad"), slide(50, 50)) == []
+    assert preflight(row(tmp_path / "t.h5ad"), (50, 50)) == ([], None)
     table.obsm["spatial"][3] = [35, 42]
     table.write_h5ad(tmp_path / "t.h5ad")
     with pytest.raises(TableError, match=r"2 of 3 spots lie outside.*such as 'spot2' at \(20, 40\); none would if x"):
-        preflight(row(tmp_path / "t.h5ad"), slide(50, 40))
+        preflight(row(tmp_path / "t.h5ad"), (50, 40))
     table.obsm["spatial"][2] = [30, 20]
     table.write_h5ad(tmp_path / "t.h5ad")
-    (said,) = preflight(row(tmp_path / "t.h5ad"), slide(50, 40))
+    (said,), _ = preflight(row(tmp_path / "t.h5ad"), (50, 40))
     assert said.startswith("1 of 3 spots lie outside the slide; none would if x and y were swapped")
 
 
@@ -430,6 +423,77 @@ def test_symbols_become_unique_whatever_the_order(genes: list[tuple[str, int]]) 
     assert again[::-1] == names
     bare, _ = unique_symbols(symbols, None)
     assert len(set(bare)) == len(bare)
+
+
+# ---- um per pixel by the spacing of the spots ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dataset", "section", "mpp"),
+    [*(("her2st", name, 0.688) for name in ("B4", "C2", "C3", "C4", "C5", "C6")),
+     *(("mob_stahl2016", name, 2.75) for name in ("04", "09", "11"))],
+)  # fmt: skip
+def test_real_sections_have_the_known_scale(data: Path, dataset: str, section: str, mpp: float) -> None:
+    _, spacing = preflight(legacy(data, dataset, section), (10_000, 10_000))
+    assert np.mean(spacing) == pytest.approx(mpp, rel=0.005)
+    assert spacing == pytest.approx((mpp, mpp), rel=0.01)
+
+
+def test_a_section_picture_without_scale_takes_that_of_its_spots(data: Path) -> None:
+    asked = replace(legacy(data, "mob_stahl2016", "04"), path=data / "st" / "mob_stahl2016" / "images" / "04.jpg")
+    checked = check_slides([asked, replace(asked, mpp=2.75), replace(asked, mpp=0.5)], preflight)
+    assert list(checked["mpp_source"]) == ["spots", "sheet", "sheet"]
+    assert checked["mpp"][0] == pytest.approx(2.75, rel=0.005)
+    assert f"spots={checked['mpp'][0]:.6g}" in checked["mpp_candidates"][0]
+    assert list(checked["status"]) == ["warning", "accepted", "warning"]
+    assert "spacing of the spots says 2.74" in checked["reason"][2]
+
+
+def test_a_legacy_form_with_other_spots_is_another_array(data: Path) -> None:
+    asked = legacy(data, "mob_stahl2016", "04")
+    assert preflight(replace(asked, spot_diameter_um=100), (9000, 9000))[1] is not None
+    assert preflight(replace(asked, spot_diameter_um=55), (9000, 9000))[1] is None
+
+
+def array(step: tuple[float, float], seed: int, share: float = 1.0) -> np.ndarray:
+    """Give the places in um of a part of a 30 x 30 array."""
+    places = np.stack(np.meshgrid(np.arange(30), np.arange(30)), axis=-1).reshape(-1, 2) * step
+    return places[np.random.default_rng(seed).random(len(places)) < share]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    angle=st.floats(0, 360), mirrored=st.booleans(), share=st.floats(0.05, 1.0), noise_um=st.floats(0, 10),
+    x=st.floats(0.1, 4.0), ratio=st.floats(0.8, 1.25), hexagonal=st.booleans(), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_scale_of_an_array_turned_thinned_and_distorted(
+    angle: float, mirrored: bool, share: float, noise_um: float, x: float, ratio: float, hexagonal: bool, seed: int
+) -> None:
+    places = array((50.0, 50 * 3**0.5) if hexagonal else (200.0, 200.0), seed, share)
+    cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    seen_um = places @ np.array([[cos, -sin], [sin, cos]]) * (-1 if mirrored else 1, 1)
+    seen_um += np.random.default_rng(seed).normal(0, noise_um, seen_um.shape)
+    found = array_mpp(places, seen_um / (x, x * ratio) + (1234, -56))
+    if len(places) >= 40:
+        assert found == pytest.approx((x, x * ratio), rel=0.03)
+
+
+def test_spots_that_were_placed_wrong_do_not_count() -> None:
+    places = array((200.0, 200.0), 0, 0.3)
+    xy = places / 0.5
+    xy[::10] = (0, 0)
+    assert array_mpp(places, xy) == pytest.approx((0.5, 0.5))
+
+
+def test_no_scale_of_spots_that_do_not_tell_it() -> None:
+    places = array((200.0, 200.0), 0)
+    assert array_mpp(places[:9], places[:9]) is None
+    assert array_mpp(places[:30], places[:30]) is None  # a single row
+    shuffled = np.random.default_rng(0).permutation(places)
+    assert array_mpp(places, shuffled) is None
+    assert array_mpp(places, np.zeros_like(places)) is None
+    few = places.reshape(30, 30, 2)[:4, :4].reshape(-1, 2)
+    assert array_mpp(few, few + np.random.default_rng(0).normal(0, 60, few.shape)) is None
 
 
 # ---- grids --------------------------------------------------------------------------------------------

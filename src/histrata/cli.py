@@ -87,7 +87,7 @@ def check(
     from histrata.spots import preflight
 
     rows = read_slides(sheet)
-    table = check_slides(rows, lambda row, slide: preflight(row, slide) if row.expression else [], threads)
+    table = check_slides(rows, preflight, threads)
     write_tsv(table, out)
     for verdict in table.itertuples():
         print(f"{verdict.slide_id}: {verdict.status}{': ' if verdict.reason else ''}{verdict.reason}")
@@ -98,10 +98,22 @@ def pyramid(
     slide: Annotated[Path, typer.Argument(help="Slide file; the folder for DICOM.")],
     out: Annotated[Path, typer.Argument(help="OME-Zarr folder to write.")],
     mpp: Annotated[float | None, typer.Option(help="um/px of level 0; default: what the file says.")] = None,
-    tile: Annotated[int, typer.Option(help="Side of a chunk in px, a power of two.")] = 256,
-    block: Annotated[int, typer.Option(help="Side of a shard of level 0 in px, a power of two.")] = 2048,
-    codec: Annotated[Literal["zstd", "jpeg"], typer.Option(help="zstd (lossless) or jpeg.")] = "zstd",
-    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality.")] = 90,
+    codec: Annotated[
+        Literal["auto", "jpeg", "zstd"],
+        typer.Option(
+            help="auto (JPEG tiles are copied, all else is stored without loss), jpeg (what cannot be copied is "
+            "encoded) or zstd (all is decoded and stored without loss)."
+        ),
+    ] = "auto",
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of what is encoded.")] = 85,
+    levels: Annotated[
+        int | None, typer.Option(min=1, help="Number of levels; default: until the longer side is 512 px or less.")
+    ] = None,
+    tile: Annotated[int, typer.Option(help="Side of a chunk in px where none are copied, a power of two.")] = 256,
+    shard: Annotated[int, typer.Option(help="Chunks along a side of a shard of level 0, a power of two.")] = 8,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Dask scheduler whose workers do it, such as tcp://host:8786; default: threads.")
+    ] = None,
     threads: Threads = 1,
 ) -> None:
     """Write a slide as a multi-scale OME-Zarr.
@@ -110,7 +122,18 @@ def pyramid(
     """
     from histrata.pyramid.writer import write_pyramid
 
-    write_pyramid(slide, out, mpp=mpp, tile=tile, block=block, codec=codec, quality=quality, threads=threads)
+    write_pyramid(
+        slide,
+        out,
+        mpp=mpp,
+        codec=codec,
+        quality=quality,
+        levels=levels,
+        tile=tile,
+        shard=shard,
+        threads=threads,
+        scheduler=scheduler,
+    )
 
 
 @app.command()

@@ -41,8 +41,6 @@ def complete(config: dict[str, Any], file: Path) -> dict[str, Any]:
             f"{file}: patients are given and embed.encoder is not; name an encoder, whose features the survival "
             "model takes, or leave patients out"
         )
-    if whole["pyramid"]["block"] <= whole["pyramid"]["tile"]:
-        raise SheetError(f"{file}: pyramid.block must be larger than pyramid.tile; raise block or lower tile")
     return whole
 
 

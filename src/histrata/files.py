@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from histrata.errors import HistrataError
 
 SCHEMA_VERSION = "1"
 _BLOCK = 1 << 20
+_ATTEMPTS = 20
 
 
 @contextmanager
@@ -26,7 +29,8 @@ def whole(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write a file or a folder to; rename it onto `path` on success.
 
     On any error, and on a kill, `path` is what it was before; what was written beside it is removed
-    (after a kill: by the next run that writes the same path).
+    (after a kill: by the next run on the same machine that writes the same path). Of several that write the same
+    path at once, the last to finish stays.
 
     Raises
     ------
@@ -40,32 +44,49 @@ def whole(path: Path) -> Iterator[Path]:
         raise HistrataError(f"{path.parent}: this folder cannot be made ({error.strerror}); name another") from error
     if not os.access(path.parent, os.W_OK):
         raise HistrataError(f"{path.parent}: this folder cannot be written to; name another, or change its permissions")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*-*.part"):
-        if not _alive(left):
+    # With the machine's name: of processes on another one nothing is known, and they may be at work.
+    prefix = f".{path.name}.{socket.gethostname()}~"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*~*.part"):
+        if not _alive(int(left.name.removeprefix(prefix).split("~")[0])):
             _remove(left)
-    part = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part"
+    part = path.parent / f"{prefix}{os.getpid()}~{uuid.uuid4().hex[:8]}.part"
     try:
         yield part
-        if part.is_dir() and path.is_dir():
-            # A folder cannot be renamed onto a full one: the old one steps aside first.
-            old = part.with_name(f"{part.name[:-5]}-old.part")
-            path.rename(old)
-            part.rename(path)
-            _remove(old)
+        if part.is_dir():
+            _replace_folder(part, path)
         else:
             part.replace(path)
     finally:
         _remove(part)
 
 
-def _alive(part: Path) -> bool:
-    """Whether the process that writes `part` still runs on this machine."""
-    pid = part.name.rsplit(".", 2)[-2].split("-")[0]
+def _replace_folder(part: Path, path: Path) -> None:
+    """Rename a folder onto another: a full one cannot be replaced, so it steps aside first."""
+    old = part.with_name(f"{part.name[:-5]}-old.part")
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError):
+            path.rename(old)
+        try:
+            part.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Another run put its own here in between.
+        else:
+            break
+        finally:
+            _remove(old)
+    else:
+        raise HistrataError(f"{path}: other runs keep writing this folder; let one of them do it")
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs on this machine."""
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, ValueError):
+    except PermissionError:
         return True
     return True
 

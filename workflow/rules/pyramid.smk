@@ -13,8 +13,11 @@ rule pyramid:
     resources:
         mem_mb=6000,
         runtime=120,
+        # Who does the work changes nothing in the result, and so is no parameter that makes it again.
+        dask=flags({"scheduler": config["pyramid"]["scheduler"]}),
     params:
         mpp=slide_mpp,
-        options=flags(config["pyramid"]),
+        options=flags(config["pyramid"], leave_out=["scheduler"]),
     shell:
-        "histrata pyramid {input.slide:q} {output:q} {params.mpp} {params.options} --threads {threads} > {log:q} 2>&1"
+        "histrata pyramid {input.slide:q} {output:q} {params.mpp} {params.options} {resources.dask} --threads {threads}"
+        " > {log:q} 2>&1"

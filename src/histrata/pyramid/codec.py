@@ -18,12 +18,9 @@ from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import Buffer, NDBuffer
 
-_SUBSAMPLING = {
-    "444": ((1, 1), (1, 1), (1, 1)),
-    "422": ((2, 1), (1, 1), (1, 1)),
-    "440": ((1, 2), (1, 1), (1, 1)),
-    "420": ((2, 2), (1, 1), (1, 1)),
-}
+from histrata.slides import jpeg
+from histrata.slides.jpeg import SUBSAMPLINGS
+
 _LONGEST = 65535  # px of a side: 16 bits in the stream
 
 
@@ -63,8 +60,8 @@ class JpegCodec(ArrayBytesCodec):
             object.__setattr__(self, "subsampling", factors)
         allowed: tuple[Any, ...] = {
             None: (None, ((1, 1),)),
-            "rgb": (None, _SUBSAMPLING["444"]),
-            "ycbcr": (None, *_SUBSAMPLING.values()),
+            "rgb": (None, SUBSAMPLINGS["444"]),
+            "ycbcr": (None, *SUBSAMPLINGS.values()),
         }[self.encoded_color_space]
         if factors not in allowed:
             raise ValueError(f"jpeg codec: subsampling {factors} does not go with {self.encoded_color_space}")
@@ -115,8 +112,8 @@ class JpegCodec(ArrayBytesCodec):
         if self.encoded_color_space is None:
             grey = np.ascontiguousarray(chunk.reshape(chunk.shape[:2]))
             return bytes(imagecodecs.jpeg8_encode(grey, level=self.quality))
-        default = _SUBSAMPLING["420" if self.encoded_color_space == "ycbcr" else "444"]
-        name = next(name for name, factors in _SUBSAMPLING.items() if factors == (self.subsampling or default))
+        default = SUBSAMPLINGS["420" if self.encoded_color_space == "ycbcr" else "444"]
+        name = next(name for name, factors in SUBSAMPLINGS.items() if factors == (self.subsampling or default))
         return bytes(
             imagecodecs.jpeg8_encode(
                 np.ascontiguousarray(chunk),
@@ -133,7 +130,7 @@ class JpegCodec(ArrayBytesCodec):
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         self._check(chunk_spec.shape)
-        pixels = await asyncio.to_thread(imagecodecs.jpeg8_decode, chunk_bytes.to_bytes())
+        pixels = await asyncio.to_thread(jpeg.decode, chunk_bytes.to_bytes())
         return chunk_spec.prototype.nd_buffer.from_numpy_array(pixels.reshape(chunk_spec.shape))
 
     def compute_encoded_size(self, input_byte_length: int, _chunk_spec: ArraySpec) -> int:

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from histrata.errors import HistrataError, SlideError
+from histrata.slides.mirax import find_lost
 from histrata.slides.mpp import choose_mpp, list_candidates
-from histrata.slides.reader import Reader, Rgb
-from histrata.slides.slide import Slide, open_reader, read_magic
+from histrata.slides.reader import Mask, Reader, Rgb
+from histrata.slides.slide import open_reader, read_magic
 from histrata.slides.tiff_reader import MAGIC as TIFF_MAGIC
 from histrata.slides.tiff_reader import find_truncation, truncated
 
 if TYPE_CHECKING:
     from histrata.sheets import SlideRow
 
-Preflight = Callable[["SlideRow", Slide], list[str]]
+Pair = tuple[float, float]
+Preflight = Callable[["SlideRow", tuple[int, int]], tuple[list[str], Pair | None]]
 
 COLUMNS = (
     "slide_id", "patient_id", "status", "reason", "path", "vendor", "width", "height", "levels", "mpp",
     "mpp_source", "mpp_candidates", "magnification", "bytes",
 )  # fmt: skip
-_PROBE = 64
-_GRID = 8
+_PROBE = 16
 _DARK, _BRIGHT = 60, 180
+_MOSTLY, _HARDLY = 0.5, 0.05
+_MIDDLE = np.array([[0.5, 0.5]])
+_ROW = (np.arange(6) + 0.5) / 6
+# In no order, since neighbours are alike: whoever reads on until it is sure is sooner so.
+_ALL_OVER = np.random.default_rng(0).permutation(np.stack(np.meshgrid(_ROW, _ROW), axis=-1).reshape(-1, 2))
 
 
 def check_slides(rows: Sequence[SlideRow], preflight: Preflight | None = None, threads: int = 1) -> pd.DataFrame:
@@ -40,8 +48,9 @@ def check_slides(rows: Sequence[SlideRow], preflight: Preflight | None = None, t
     rows
         Rows of the slide sheet.
     preflight
-        What else is to be looked at while a slide is open: returns sentences that become a warning, or
-        raises HistrataError, which rejects the slide.
+        Looks at what was measured on a slide, given its row and its (width, height) in level-0 px: returns
+        sentences that become a warning, and um per level-0 px (x, y) by the spacing of the spots, if any;
+        or raises HistrataError, which rejects the slide.
     threads
         Slides that are checked at the same time.
 
@@ -77,23 +86,30 @@ def _check(row: SlideRow, preflight: Preflight | None) -> dict[str, Any]:
 
 def _examine(row: SlideRow, reader: Reader, preflight: Preflight | None, verdict: dict[str, Any]) -> list[str]:
     """Write into `verdict` what is known of an open slide, and return what is odd about it."""
-    candidates = list_candidates(row.mpp, reader.evidence)
+    size = (reader.levels[0].width, reader.levels[0].height)
     verdict |= {
         "vendor": reader.vendor,
-        "width": reader.levels[0].width,
-        "height": reader.levels[0].height,
+        "width": size[0],
+        "height": size[1],
         "levels": len(reader.levels),
-        "mpp_candidates": ";".join(f"{name}={value:.4g}" for name, value in candidates.items()),
+        "mpp_candidates": _written(list_candidates(row.mpp, reader.evidence)),
         "magnification": reader.magnification,
         "bytes": _bytes(row.path),
     }
-    _refuse_truncated(row.path)
+    _refuse_truncated(row.path, reader.vendor)
     warnings = _prove_levels(row.path, reader)
     _refuse_dark(row.path, reader)
-    mpp = choose_mpp(row.path, row.mpp, reader.evidence)
+    measured, spacing = preflight(row, size) if preflight else ([], None)
+    evidence = replace(reader.evidence, spots=spacing)
+    verdict |= {"mpp_candidates": _written(list_candidates(row.mpp, evidence))}
+    mpp = choose_mpp(row.path, row.mpp, evidence)
     verdict |= {"mpp": mpp.value, "mpp_source": mpp.source}
-    extra = preflight(row, Slide(row.path, reader, mpp)) if preflight else []
-    return [*warnings, *mpp.warnings, *extra]
+    return [*warnings, *mpp.warnings, *measured]
+
+
+def _written(candidates: dict[str, float]) -> str:
+    """Write candidates with the digits of the table's numbers, so that a chosen one is the same in both columns."""
+    return ";".join(f"{name}={value:.6g}" for name, value in candidates.items())
 
 
 def _bytes(path: Path) -> int:
@@ -103,12 +119,16 @@ def _bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in {path, *inside} if p.is_file())
 
 
-def _refuse_truncated(path: Path) -> None:
-    """Refuse a TIFF of any vendor whose tiles lie beyond its end; OpenSlide opens many of those."""
-    if path.is_file() and read_magic(path).startswith(TIFF_MAGIC):
-        told = find_truncation(path)
-        if told:
-            raise truncated(path, told)
+def _refuse_truncated(path: Path, vendor: str) -> None:
+    """Refuse a MIRAX slide, or a TIFF of any vendor, of which pixels are gone; OpenSlide opens many of those."""
+    if vendor == "mirax":
+        lost = find_lost(path)
+        if lost:
+            raise SlideError(f"{path} is not whole ({lost}): copy it and its folder again from where they came.")
+    elif path.is_file() and read_magic(path).startswith(TIFF_MAGIC):
+        cut = find_truncation(path)
+        if cut:
+            raise truncated(path, cut)
 
 
 def _prove_levels(path: Path, reader: Reader) -> list[str]:
@@ -116,10 +136,10 @@ def _prove_levels(path: Path, reader: Reader) -> list[str]:
     damaged = []
     for index in range(len(reader.levels)):
         before = reader.undecodable
-        next(_probe(reader, index, middle=True))
+        next(_probe(reader, index, _MIDDLE))
         if reader.undecodable == before:
             continue
-        if not any(not missing.all() for _, missing in _probe(reader, index)):
+        if not any(not missing.all() for _, missing in _probe(reader, index, _ALL_OVER)):
             msg = f"{path} opens, but the pixels of level {index} cannot be decoded: copy or export it again."
             raise SlideError(msg)
         damaged.append(str(index))
@@ -129,30 +149,32 @@ def _prove_levels(path: Path, reader: Reader) -> list[str]:
     return []
 
 
-def _probe(reader: Reader, index: int, *, middle: bool = False) -> Iterator[tuple[Rgb, np.ndarray]]:
-    """Read small squares of a level: the one in the middle of the bounds, or a grid all over them."""
+def _probe(reader: Reader, index: int, places: NDArray[np.float64]) -> Iterator[tuple[Rgb, Mask]]:
+    """Read small squares of a level at places (x, y) that are given as shares of the bounds."""
     level = reader.levels[index]
-    x, y, width, height = reader.bounds
     side = min(_PROBE, level.width, level.height)
-    places = [0.5] if middle else [(k + 0.5) / _GRID for k in range(_GRID)]
-    for v in places:
-        for u in places:
-            left, top = x + u * width, y + v * height
-            half = side * level.downsample / 2
-            yield reader.read(round(left - half), round(top - half), side, side, index)
+    corners = reader.bounds[:2] + places * reader.bounds[2:] - side * level.downsample / 2
+    for x, y in np.rint(corners).astype(int).tolist():
+        yield reader.read(x, y, side, side, index)
 
 
 def _refuse_dark(path: Path, reader: Reader) -> None:
     """Refuse a dark background: fluorescence, where a finder of stained tissue would invent tissue.
 
     A sample of the coarsest level is dark when most of it is near black and next to nothing is as
-    bright as glass; black borders around a stained section leave glass or bright stroma.
+    bright as glass; black borders around a stained section leave glass or bright stroma. Reading ends
+    once so much of it is bright, or not dark, that the rest cannot change the verdict.
     """
-    pixels = np.concatenate([rgb[~missing] for rgb, missing in _probe(reader, len(reader.levels) - 1)])
-    if not len(pixels):
-        return
-    dark, bright = (pixels.max(axis=1) < _DARK).mean(), (pixels.min(axis=1) > _BRIGHT).mean()
-    if dark > 0.5 and bright < 0.05:
-        told = f"a dark background ({dark:.0%} near black)"
+    pixels = len(_ALL_OVER) * _PROBE**2
+    seen = dark = bright = 0
+    for rgb, missing in _probe(reader, len(reader.levels) - 1, _ALL_OVER):
+        there = rgb[~missing]
+        seen += len(there)
+        dark += int((there.max(axis=1) < _DARK).sum())
+        bright += int((there.min(axis=1) > _BRIGHT).sum())
+        if seen - dark >= (1 - _MOSTLY) * pixels or bright >= _HARDLY * pixels:
+            return
+    if dark > _MOSTLY * seen and bright < _HARDLY * seen:
+        told = f"a dark background ({dark / seen:.0%} near black)"
         msg = f"{path} has {told}: give a bright-field scan, not fluorescence."
         raise SlideError(msg)

@@ -13,8 +13,10 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from histrata.errors import SlideError
+from histrata.slides import jpeg
 from histrata.slides.mpp import Evidence, resolution_mpp
 from histrata.slides.reader import MAX_DECODED_PIXELS, Mask, Rgb, blank, flatten, make_levels, paste
+from histrata.slides.tiles import JpegTiles
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -80,7 +82,7 @@ class ImageReader:
         if self.vendor == "jpeg" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
             raise self._error("is truncated (no end-of-image mark): copy it again from where it came")
         try:
-            decode = imagecodecs.png_decode if self.vendor == "png" else imagecodecs.jpeg8_decode
+            decode = imagecodecs.png_decode if self.vendor == "png" else jpeg.decode
             pixels: NDArray[np.uint8] = decode(data)
         except (RuntimeError, ValueError) as error:  # every error of imagecodecs is a RuntimeError
             raise self._error(f"cannot be decoded ({error}): copy or export it again") from error
@@ -88,6 +90,10 @@ class ImageReader:
         if pixels.dtype != np.uint8 or pixels.shape[:2] != size:
             raise self._error(f"decodes to {pixels.dtype} {pixels.shape}, not to what its header says")
         return flatten(pixels.reshape(*size, -1))
+
+    def jpeg_tiles(self, level: int) -> list[JpegTiles]:  # noqa: ARG002
+        """Return none: a plain image has no tiles."""
+        return []
 
     def close(self) -> None:
         """Let go of the decoded pixels."""

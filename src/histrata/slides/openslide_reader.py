@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,11 @@ from openslide import OpenSlideError
 from histrata.errors import SlideError
 from histrata.slides.mpp import Evidence, number, positive_pair, resolution_mpp
 from histrata.slides.reader import Level, Mask, Rgb, blank, flatten, paste
+from histrata.slides.tiles import JpegTiles, is_tiff, tiles_of_dicom, tiles_of_slide
 
 _UNITS = {"inch": "inch", "centimeter": "cm"}
-_TILE = 256
+# Distance in px at which a region is probed for tiles of unknown size; a smaller tile may take its neighbours along.
+_PROBE = 32
 
 
 class OpenSlideReader:
@@ -33,11 +37,12 @@ class OpenSlideReader:
         properties = self._handle.properties
         sizes = zip(self._handle.level_dimensions, self._handle.level_downsamples, strict=True)
         self.vendor: str = properties["openslide.vendor"]
+        self._refuse_lost_files()
         self.levels = tuple(Level(w, h, downsample) for (w, h), downsample in sizes)
         self.magnification = number(properties.get("openslide.objective-power"))
         self.bounds = self._bounds()
         self._tiles = tuple(
-            {side: int(properties.get(f"openslide.level[{i}].tile-{side}", _TILE)) for side in ("width", "height")}
+            [properties.get(f"openslide.level[{i}].tile-{side}") for side in ("width", "height")]
             for i in range(len(self.levels))
         )
         self.evidence = Evidence(
@@ -58,6 +63,17 @@ class OpenSlideReader:
             told = f"{error}".strip(" .")
             msg = f"{self._path} cannot be opened ({told}): copy it again or convert it to OME-TIFF."
             raise SlideError(msg) from error
+
+    def _refuse_lost_files(self) -> None:
+        """Refuse a MIRAX slide without one of its data files; OpenSlide opens it."""
+        properties = self._handle.properties
+        count = int(properties.get("mirax.DATAFILE.FILE_COUNT", 0))
+        names = [properties[f"mirax.DATAFILE.FILE_{i}"] for i in range(count)]
+        folder = self._path.with_suffix("")
+        lost = [name for name in names if not (folder / name).is_file()]
+        if lost:
+            self._handle.close()
+            raise SlideError(f"{self._path} lacks {', '.join(lost)}: copy its folder {folder} again, whole.")
 
     def _bounds(self) -> tuple[int, int, int, int]:
         names = [f"openslide.bounds-{name}" for name in ("x", "y", "width", "height")]
@@ -90,15 +106,12 @@ class OpenSlideReader:
         """
         region = blank(width, height)
         downsample = self.levels[level].downsample
-        columns, rows = self._cuts(x, width, level, "width"), self._cuts(y, height, level, "height")
-        handle = self._open()
+        handle = _Handle(self._open)
+        columns, rows = (self._cuts(handle, (x, y), level, (width, height), axis) for axis in (0, 1))
         for (top, bottom), (left, right) in itertools.product(itertools.pairwise(rows), itertools.pairwise(columns)):
             at = (x + round(left * downsample), y + round(top * downsample))
-            try:
-                cell = _read(handle, at, level, (right - left, bottom - top))
-            except OpenSlideError:
-                handle.close()
-                handle = self._open()
+            cell = handle.read(at, level, (right - left, bottom - top))
+            if cell is None:
                 with self._lock:
                     self.undecodable += 1
             else:
@@ -106,25 +119,78 @@ class OpenSlideReader:
         handle.close()
         return region
 
-    def _cuts(self, start: int, size: int, level: int, side: str) -> list[int]:
-        """Cut one side of a region at the borders of tiles, in px of the region.
-
-        Where the region lies between two pixels of the level, the pixel across a border touches both
-        tiles; it is cut off on its own, so that a damaged tile does not take its neighbour along.
-        """
+    def _cuts(self, handle: _Handle, at: tuple[int, int], level: int, size: tuple[int, int], axis: int) -> list[int]:
+        """Cut one side of a region (axis 0: its width) at the borders of tiles, in px of the region."""
         downsample = self.levels[level].downsample
         # Not asked of the shared handle: it fails, even at its properties, once another thread met damage.
-        tile = self._tiles[level][side]
-        first = (start - self.bounds[0 if side == "width" else 1]) / downsample
-        borders = (k * tile - first for k in range(math.ceil(first / tile), math.ceil((first + size) / tile)))
-        cuts = {0, size}
-        for border in borders:
-            cuts |= {math.floor(border + 1e-6), math.ceil(border - 1e-6)}
-        return sorted(cut for cut in cuts if 0 <= cut <= size)
+        tile = self._tiles[level][axis]
+        if tile is not None:
+            return _cut_at_tiles((at[axis] - self.bounds[axis]) / downsample, size[axis], int(tile))
+
+        def is_damaged(position: int) -> bool:
+            """Whether the line of pixels across the region at a position meets a damaged tile."""
+            line = [*at]
+            line[axis] += round(position * downsample)
+            return handle.read((line[0], line[1]), level, (1, size[1]) if axis == 0 else (size[0], 1)) is None
+
+        return _cut_at_damage(size[axis], is_damaged)
+
+    def jpeg_tiles(self, level: int) -> list[JpegTiles]:
+        """Return what may be the level's compressed tiles, not compared with its pixels yet."""
+        if self.vendor == "dicom":
+            return tiles_of_dicom(self._path.parent, self.levels[level].width, self.levels[level].height)
+        return tiles_of_slide(self._path, self.levels[level], self.bounds) if is_tiff(self._path) else []
 
     def close(self) -> None:
         """Close the file; no read may be under way."""
         self._handle.close()
+
+
+class _Handle:
+    """A handle of OpenSlide that is opened anew after each failure."""
+
+    def __init__(self, open_slide: Callable[[], openslide.OpenSlide]) -> None:
+        self._open = open_slide
+        self._handle = open_slide()
+
+    def read(self, at: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[Rgb, Mask] | None:
+        """Read a region; nothing where a part of it cannot be decoded."""
+        try:
+            return _read(self._handle, at, level, size)
+        except OpenSlideError:
+            self._handle.close()
+            self._handle = self._open()
+            return None
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+def _cut_at_tiles(first: float, size: int, tile: int) -> list[int]:
+    """Cut a side of `size` px, which begins `first` px after the grid, at the borders of tiles.
+
+    Where the region lies between two pixels of the level, the pixel across a border touches both
+    tiles; it is cut off on its own, so that a damaged tile does not take its neighbour along.
+    """
+    borders = (k * tile - first for k in range(math.ceil(first / tile), math.ceil((first + size) / tile)))
+    cuts = {0, size}
+    for border in borders:
+        cuts |= {math.floor(border + 1e-6), math.ceil(border - 1e-6)}
+    return sorted(cut for cut in cuts if 0 <= cut <= size)
+
+
+def _cut_at_damage(size: int, is_damaged: Callable[[int], bool]) -> list[int]:
+    """Cut a side of `size` px where damage begins and ends: its tiles overlap, or their grid is not told."""
+    marks = [*range(0, size - 1, _PROBE), size - 1]
+    states = [is_damaged(mark) for mark in marks]
+    turns = (k for k, (before, after) in enumerate(itertools.pairwise(states)) if before != after)
+    return sorted({0, size, *(_find_turn(marks[k], marks[k + 1], is_damaged) for k in turns)})
+
+
+def _find_turn(low: int, high: int, is_damaged: Callable[[int], bool]) -> int:
+    """Return the first position after `low`, at most `high`, that is not as `low` is."""
+    before = is_damaged(low)
+    return low + bisect_left(range(low, high), True, key=lambda position: is_damaged(position) != before)
 
 
 def _read(handle: openslide.OpenSlide, at: tuple[int, int], level: int, size: tuple[int, int]) -> tuple[Rgb, Mask]:
@@ -142,14 +208,3 @@ def detect_openslide(path: Path) -> str | None:
     except OpenSlideError:
         return None
     return None if vendor == "generic-tiff" else vendor
-
-
-def find_dicom(folder: Path) -> Path | None:
-    """Return the first file of a folder, by name, that OpenSlide takes for a DICOM slide."""
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    return next((p for p in files if _has_dicom_magic(p) and detect_openslide(p) == "dicom"), None)
-
-
-def _has_dicom_magic(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"

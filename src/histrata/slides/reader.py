@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from histrata.slides.mpp import Evidence
+
+if TYPE_CHECKING:
+    from histrata.slides.tiles import JpegTiles
 
 Rgb = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -47,6 +50,10 @@ class Reader(Protocol):
 
     def read(self, x: int, y: int, width: int, height: int, level: int) -> tuple[Rgb, Mask]:
         """Read a region; x and y in level-0 px, width and height in px of the level."""
+        ...
+
+    def jpeg_tiles(self, level: int) -> list[JpegTiles]:
+        """Return what may be the level's compressed tiles, not compared with its pixels yet."""
         ...
 
     def close(self) -> None:

@@ -10,12 +10,14 @@ import cv2
 import numpy as np
 
 from histrata.errors import SlideError
+from histrata.slides.dicom import find_dicom, is_dicom
 from histrata.slides.image_reader import JPEG_MAGIC, PNG_MAGIC, ImageReader
 from histrata.slides.mpp import Mpp, choose_mpp
-from histrata.slides.openslide_reader import OpenSlideReader, detect_openslide, find_dicom
+from histrata.slides.openslide_reader import OpenSlideReader, detect_openslide
 from histrata.slides.reader import Level, Mask, Reader, Rgb
 from histrata.slides.tiff_reader import MAGIC as TIFF_MAGIC
 from histrata.slides.tiff_reader import TiffReader
+from histrata.slides.tiles import JpegTiles, find_agreeing
 
 _BLOCK = 2048
 # Formats of which the named file alone is a mere overview, though it looks like a plain JPEG or TIFF.
@@ -23,6 +25,17 @@ _COMPANIONS = {
     ".mrxs": "its folder of the same name is missing or damaged: copy that folder beside it",
     ".vsi": "only its overview can be read: convert it to OME-TIFF with bioformats2raw and raw2ometiff",
 }
+
+# What is found under the name of a slide, by its first bytes, and what is to be done with it.
+_OTHERS = {
+    b"PK\3\4": ("it is a ZIP archive", "unpack it"),
+    b"\x1f\x8b": ("it is compressed by gzip", "unpack it"),
+    b"%PDF": ("it is a PDF", "give the file that the scanner wrote"),
+    b"<": ("it is a web page or XML, as a failed download leaves it", "download it again"),
+    b"version ": ("it is a pointer of Git LFS", "fetch the file itself with `git lfs pull`"),
+    b"Salted__": ("it is encrypted", "decrypt it"),
+}
+_CONVERT = "decrypt it if it is encrypted, copy it again if it is damaged, or convert it to OME-TIFF"
 
 
 class Slide:
@@ -100,6 +113,14 @@ class Slide:
             msg = f"no region of {width} x {height} px at level {level} of {len(self.levels)} levels"
             raise ValueError(msg)
         return self._reader.read(int(x), int(y), width, height, level)
+
+    def jpeg_tiles(self, level: int) -> JpegTiles | None:
+        """Return the compressed tiles of a level for copying; nothing where it has none that show its pixels.
+
+        A few of them are decoded and compared with what `read_region` gives, so that nothing wrong that the
+        file says of its tiles goes into a copy.
+        """
+        return find_agreeing(self._reader.jpeg_tiles(level), self._reader, level)
 
     def thumbnail(self, max_px: int) -> Rgb:
         """Return the whole slide, area-averaged, its longer side at most `max_px` pixels.
@@ -192,15 +213,13 @@ def _open_reader(path: Path) -> Reader:
     if not path.exists():
         raise SlideError(f"{path} does not exist: correct the `path` column of the slide sheet.")
     if path.is_dir():
-        file = find_dicom(path)
-        if file is None:
-            raise SlideError(f"{path} is a folder without a DICOM slide: give the slide's own file.")
-        return OpenSlideReader(file)
+        return OpenSlideReader(find_dicom(path))
     head = read_magic(path)
     if not head:
         raise SlideError(f"{path} is empty (0 bytes): copy it again from where it came.")
-    if detect_openslide(path):
-        return OpenSlideReader(path)
+    vendor = detect_openslide(path)
+    if vendor:
+        return OpenSlideReader(find_dicom(path) if vendor == "dicom" else path)
     companion = _COMPANIONS.get(path.suffix.lower())
     if companion:
         raise SlideError(f"{path} cannot be read by itself; {companion}.")
@@ -208,8 +227,15 @@ def _open_reader(path: Path) -> Reader:
         return TiffReader(path)
     if head.startswith((JPEG_MAGIC, PNG_MAGIC)):
         return ImageReader(path)
-    msg = f"{path} is no slide or image that can be read (it begins with {head!r}): convert it to OME-TIFF."
-    raise SlideError(msg)
+    raise _no_slide(path, head)
+
+
+def _no_slide(path: Path, head: bytes) -> SlideError:
+    if is_dicom(path):
+        return SlideError(f"{path} is a DICOM file, but no whole slide image: give the slide's own file.")
+    known = (what for magic, what in _OTHERS.items() if head.lstrip().startswith(magic))
+    told, mend = next(known, (f"it begins with {head!r}", _CONVERT))
+    return SlideError(f"{path} is no slide or image that can be read ({told}): {mend}.")
 
 
 def read_magic(path: Path) -> bytes:

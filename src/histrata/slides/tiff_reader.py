@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from tifffile import COMPRESSION, PHOTOMETRIC
 
 from histrata.errors import SlideError
+from histrata.slides import jpeg
 from histrata.slides.mpp import Evidence, ome_scale, resolution_mpp
 from histrata.slides.reader import MAX_DECODED_PIXELS, Mask, Rgb, blank, flatten, make_levels, paste
+from histrata.slides.tiles import JpegTiles, tiles_of_page
 
 # Damage is reported in Histrata's own sentences; tifffile's log lines beside them only frighten.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -36,6 +38,8 @@ _DECODE_ERRORS = (RuntimeError, ValueError, OSError, TypeError, LookupError, str
 _COLOURS = {PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR}
 _AXES = ("YX", "YXS", "SYX", "CYX")
 _UNITS = {2: "inch", 3: "cm"}
+# Attributes of a channel in OME-XML.
+_FLUORESCENCE = (' Fluor="', ' EmissionWavelength="', ' ContrastMethod="Fluorescence"')
 _IMAGEJ_UM = {"micron", "microns", "um", "µm", "\\u00B5m"}
 _CACHE_BYTES = 1 << 27
 
@@ -85,7 +89,12 @@ class TiffReader:
         cut = _find_cut(self._tiff) or _find_lost_page(self._tiff)
         if cut:
             raise truncated(self._path, cut)
+        if not self._tiff.series:
+            raise ValueError("it has no page")
         series = max(self._tiff.series, key=lambda s: math.prod(_extent(s)))
+        if _is_fluorescence(series, self._tiff.ome_metadata or ""):
+            msg = f"{self._path} has channels of fluorescence: give a bright-field scan, not fluorescence."
+            raise SlideError(msg)
         _refuse_foreign(self._path, series)
         self._planes = [_plane(level) for level in series.levels]
         for plane in self._planes:
@@ -184,6 +193,9 @@ class TiffReader:
         rgb, missing = _colour(page, np.concatenate(parts, axis=2))
         height = min(plane.tile_height, plane.height - row * plane.tile_height)
         width = min(plane.tile_width, plane.width - column * plane.tile_width)
+        # A tile at the border may come without the padding that its page promises.
+        if not (height <= len(rgb) <= plane.tile_height and width <= rgb.shape[1] <= plane.tile_width):
+            raise ValueError("the tile or strip is of another size than its page")
         return rgb[:height, :width], missing[:height, :width]
 
     def _decode_segment(self, page: Any, index: int) -> NDArray[np.uint8] | None:
@@ -194,9 +206,17 @@ class TiffReader:
         with self._lock:
             self._tiff.filehandle.seek(offset)
             data = self._tiff.filehandle.read(count)
+        if page.keyframe.compression == COMPRESSION.JPEG and page.keyframe.samplesperpixel in (1, 3):
+            return _decode_jpeg(page, data)
         tables = {} if page.jpegtables is None else {"jpegtables": page.jpegtables}
         pixels: NDArray[np.uint8] = page.keyframe.decode(data, index, **tables)[0][0]
         return pixels
+
+    def jpeg_tiles(self, level: int) -> list[JpegTiles]:
+        """Return what may be the level's compressed tiles, not compared with its pixels yet."""
+        plane = self._planes[level]
+        tiles = tiles_of_page(self._path, plane.pages[0], (plane.width, plane.height))
+        return [tiles] if tiles and len(plane.pages) == 1 else []
 
     def close(self) -> None:
         """Close the file; no read may be under way."""
@@ -221,6 +241,14 @@ def _extent(series: Any) -> tuple[int, int]:
     """Width and height of a tifffile series, in pixels; (0, 0) for what is no image."""
     sizes = dict(zip(series.axes, series.shape, strict=True))
     return sizes.get("X", 0), sizes.get("Y", 0)
+
+
+def _is_fluorescence(series: Any, ome: str) -> bool:
+    """Return whether a file says that its grey channels are excited light; three of them would pass for RGB."""
+    if series.keyframe.samplesperpixel > 1:
+        return False
+    # A bright-field QPTIFF is RGB, always.
+    return series.kind == "qpi" or any(mark in ome for mark in _FLUORESCENCE)
 
 
 def _refuse_foreign(path: Path, series: Any) -> None:
@@ -268,6 +296,21 @@ def _map(path: Path, plane: _Plane) -> NDArray[np.uint8] | None:
         return None
     shape = (plane.height, plane.width, key.samplesperpixel)
     return np.memmap(path, np.uint8, "r", page.dataoffsets[0], shape)
+
+
+def _decode_jpeg(page: Any, stream: bytes) -> NDArray[np.uint8]:
+    """Decode a stream to (height, width, samples), strictly: tifffile's decoder makes up what is damaged."""
+    key = page.keyframe
+    samples = key.samplesperpixel if key.planarconfig == 1 else 1
+    colour = None
+    if samples == 3:
+        # Bio-Formats writes YCbCr under the name of RGB; its streams say so by being JFIF.
+        is_rgb = key.photometric == PHOTOMETRIC.RGB and stream[6:10] != b"JFIF"
+        colour = "rgb" if is_rgb else "ycbcr"
+    pixels = jpeg.decode(jpeg.self_contained(stream, page.jpegtables, colour))
+    if pixels.shape[2] != samples:
+        raise ValueError("the stream has another number of components than its page")
+    return pixels
 
 
 def _colour(page: Any, pixels: NDArray[np.uint8]) -> tuple[Rgb, Mask]:

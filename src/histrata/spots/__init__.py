@@ -7,18 +7,16 @@ from types import ModuleType
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import KDTree
 
 from histrata.errors import TableError
 from histrata.sheets import SlideRow
-from histrata.slides import Slide
 from histrata.spots import h5ad, legacy_st, space_ranger
 from histrata.spots.grid import grid_on_tissue, tissue_fraction
 from histrata.spots.measured import Measured, Spots, expression_of
+from histrata.spots.spacing import array_mpp
 
 __all__ = ["Measured", "Spots", "grid_on_tissue", "preflight", "read_measured", "tissue_fraction"]
 
-_PITCH_TOLERANCE = 0.15
 _SAID = {
     "spots_without_counts": "{} spot(s) lack counts and are left out.",
     "counts_without_spot": "{} row(s) of the counts belong to no spot and are left out.",
@@ -40,17 +38,31 @@ def read_measured(row: SlideRow) -> Measured:
     return measured
 
 
-def preflight(row: SlideRow, slide: Slide) -> list[str]:
-    """Check a slide's measured spots without reading the counts; give warnings, each a sentence.
+def preflight(row: SlideRow, size: tuple[int, int]) -> tuple[list[str], tuple[float, float] | None]:
+    """Check a slide's measured spots, where it has any, without reading the counts.
+
+    Parameters
+    ----------
+    row
+        The slide's row of the sheet.
+    size
+        (width, height) of the slide in level-0 px.
+
+    Returns
+    -------
+    Warnings, each a sentence; and um per level-0 px (x, y) by the spacing of the spots, or None (see `array_mpp`).
 
     Raises
     ------
     TableError
         As `read_measured`, and where most spots lie outside the slide.
     """
+    if row.expression is None:
+        return [], None
     spots: Spots = _reader(row).read_spots(row)
     said = [text.format(spots.unmatched[key]) for key, text in _SAID.items() if spots.unmatched[key]]
-    return [*spots.notes, *said, *_outside(row, spots, slide), *_odd_pitch(spots, slide)]
+    warnings = [*spots.notes, *said, *_outside(row, spots, size)]
+    return warnings, None if spots.array_um is None else array_mpp(spots.array_um, spots.xy)
 
 
 def _reader(row: SlideRow) -> ModuleType:
@@ -60,17 +72,17 @@ def _reader(row: SlideRow) -> ModuleType:
     return h5ad if h5py.is_hdf5(path) else legacy_st
 
 
-def _outside(row: SlideRow, spots: Spots, slide: Slide) -> list[str]:
+def _outside(row: SlideRow, spots: Spots, size: tuple[int, int]) -> list[str]:
     """Warn of spots whose centre is not on the slide; raise where these are most of them."""
-    outside = _off(spots.xy, slide)
+    outside = _off(spots.xy, size)
     n, of = int(outside.sum()), len(spots.xy)
     if not n:
         return []
-    swapped = not _off(spots.xy[:, ::-1], slide).any()
+    swapped = not _off(spots.xy[:, ::-1], size).any()
     hint = "none would if x and y were swapped: correct the positions if they are" if swapped else ""
     if n <= of / 2:
         return [f"{n} of {of} spots lie outside the slide{'; ' + hint if hint else ''}."]
-    (x, y), (width, height) = spots.xy[outside][0], slide.size
+    (x, y), (width, height) = spots.xy[outside][0], size
     raise TableError(
         f"{row.spots or row.expression}: {n} of {of} spots lie outside the slide {row.path} "
         f"({width} x {height} px), such as '{spots.barcodes[outside][0]}' at ({x:.0f}, {y:.0f}); "
@@ -78,20 +90,6 @@ def _outside(row: SlideRow, spots: Spots, slide: Slide) -> list[str]:
     )
 
 
-def _off(xy: NDArray[np.float64], slide: Slide) -> NDArray[np.bool_]:
+def _off(xy: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.bool_]:
     """Say of each centre (n, 2) in level-0 px whether it is off the slide."""
-    return np.asarray(((xy < 0) | (xy >= slide.size)).any(axis=1))
-
-
-def _odd_pitch(spots: Spots, slide: Slide) -> list[str]:
-    """Warn where neighbouring spots are not as far apart as the platform has them: um/px is wrong then."""
-    if spots.pitch_um is None or len(spots.xy) < 3:
-        return []
-    pitch_px = float(np.median(KDTree(spots.xy).query(spots.xy, k=2)[0][:, 1]))
-    found = pitch_px * slide.mpp.value
-    if abs(found / spots.pitch_um - 1) <= _PITCH_TOLERANCE:
-        return []
-    return [
-        f"Neighbouring spots lie {found:.0f} um apart at {slide.mpp.value:.4g} um/px, expected "
-        f"{spots.pitch_um:.0f} um: the slide would have to be at {spots.pitch_um / pitch_px:.4g} um/px."
-    ]
+    return np.asarray(((xy < 0) | (xy >= size)).any(axis=1))

@@ -92,7 +92,7 @@ def _read_spots(file: h5py.File, row: SlideRow) -> tuple[Spots, NDArray[np.intp]
         xy=xy,
         diameter_um=row.spot_diameter_um,
         diameter_px=_diameter_px(file),
-        pitch_um=None,
+        array_um=None,
         unmatched={
             "spots_without_counts": 0,
             "counts_without_spot": 0,

@@ -30,6 +30,9 @@ from histrata.spots.measured import (
     unique_symbols,
 )
 
+DIAMETER_UM, PITCH_UM = 100.0, 200.0
+"""Spots of the legacy arrays. Where the sheet gives another diameter, another array was written in their form."""
+
 _PLACE = re.compile(r"(-?\d+(?:\.\d+)?)x(-?\d+(?:\.\d+)?)")
 _COLUMNS = ("x", "y", "pixel_x", "pixel_y")
 
@@ -73,6 +76,7 @@ def _join(row: SlideRow, names: NDArray[np.str_]) -> tuple[Spots, NDArray[np.int
     table = table.iloc[kept]
     xy = table[["pixel_x", "pixel_y"]].to_numpy(np.float64)
     refuse_unplaced(ids[kept], xy, row.spots)
+    is_legacy_array = row.spot_diameter_um in (None, DIAMETER_UM)
     spots = Spots(
         barcodes=ids[kept],
         array_row=np.rint(table["y"]).to_numpy(np.int64),
@@ -80,7 +84,7 @@ def _join(row: SlideRow, names: NDArray[np.str_]) -> tuple[Spots, NDArray[np.int
         xy=xy,
         diameter_um=row.spot_diameter_um,
         diameter_px=None,
-        pitch_um=None,
+        array_um=table[["x", "y"]].to_numpy(np.float64) * PITCH_UM if is_legacy_array else None,
         unmatched=unmatched | {"spots_off_tissue": off_tissue},
         notes=(),
     )

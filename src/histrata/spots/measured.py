@@ -31,8 +31,8 @@ class Spots:
         Diameter of a spot: the slide sheet's, else that of the platform; None where neither says.
     diameter_px
         Diameter in level-0 px as the file states it, else None.
-    pitch_um
-        Distance of neighbouring spots where the platform fixes it, else None.
+    array_um
+        (n, 2) float64 place of each spot on the array in um, with any origin, where the platform fixes it, else None.
     unmatched
         How many were left out or changed, and why: "spots_without_counts", "counts_without_spot",
         "spots_off_tissue"; in `Measured` also "repeated_symbols".
@@ -46,7 +46,7 @@ class Spots:
     xy: NDArray[np.float64]
     diameter_um: float | None
     diameter_px: float | None
-    pitch_um: float | None
+    array_um: NDArray[np.float64] | None
     unmatched: dict[str, int]
     notes: tuple[str, ...]
 

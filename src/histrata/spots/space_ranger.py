@@ -25,8 +25,8 @@ from histrata.spots.measured import (
     unique_symbols,
 )
 
-DIAMETER_UM, PITCH_UM = 55.0, 100.0
-"""Spots of Visium, in 6.5 mm and 11 mm areas alike.
+DIAMETER_UM, STEP_UM = 55.0, (50.0, 50.0 * 3**0.5)
+"""Spots of Visium, in 6.5 mm and 11 mm areas alike: hexagonal, 100 um apart, of which every second column is counted.
 
 The `spot_diameter_fullres` of `scalefactors_json.json` is not used for them: it is a drawing size, about
 65 um across.
@@ -97,6 +97,7 @@ def _join(row: SlideRow, barcodes: NDArray[np.str_]) -> tuple[Spots, NDArray[np.
     xy = on_tissue[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(np.float64)
     refuse_unplaced(ids[kept], xy, path)
     bin_um = _bin_um(ids[0])
+    step_um = (bin_um, bin_um) if bin_um else STEP_UM
     spots = Spots(
         barcodes=ids[kept],
         array_row=on_tissue["array_row"].to_numpy(np.int64),
@@ -104,7 +105,7 @@ def _join(row: SlideRow, barcodes: NDArray[np.str_]) -> tuple[Spots, NDArray[np.
         xy=xy,
         diameter_um=row.spot_diameter_um or bin_um or DIAMETER_UM,
         diameter_px=None,
-        pitch_um=bin_um or PITCH_UM,
+        array_um=on_tissue[["array_col", "array_row"]].to_numpy(np.float64) * step_um,
         unmatched=unmatched | {"spots_off_tissue": len(table) - int((table["in_tissue"] == 1).sum())},
         notes=(),
     )

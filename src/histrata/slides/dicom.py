@@ -1,0 +1,128 @@
+"""The files of a DICOM slide: which of a folder belong to one slide, and whether they are all there.
+
+OpenSlide opens a slide that lacks its finest level, or of which a file was cut, as if nothing were wrong.
+
+References
+----------
+DICOM PS3.3 C.8.12.4 (Image Type of whole slide images), PS3.5 A.4 (encapsulated pixel data).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from histrata.errors import SlideError
+
+_WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+_PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")  # transfer syntaxes, not compressed
+_TOTAL_PIXEL_MATRIX_ROWS = 0x0048_0007  # the last element that is read; the places of the frames come after it
+_DELIMITER = bytes.fromhex("feffdde000000000")  # ends encapsulated pixel data; little but padding may follow
+_TAIL = 1 << 16
+_READ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NotImplementedError,
+    struct.error,
+)
+
+
+@dataclass(frozen=True)
+class _Instance:
+    """One file of a slide: its series, what kind of image it is, and whether it was cut."""
+
+    path: Path
+    series: str
+    image_type: tuple[str, ...]
+    is_cut: bool
+
+
+def find_dicom(path: Path) -> Path:
+    """Return the file by which to open a DICOM slide.
+
+    Parameters
+    ----------
+    path
+        A folder that holds the files of one slide, or a file of a slide; its other files lie beside it.
+
+    Raises
+    ------
+    SlideError
+        There is no whole slide image, there are several, or files of it are cut or missing.
+    """
+    folder = path if path.is_dir() else path.parent
+    instances = [instance for file in sorted(folder.iterdir()) if (instance := _read_beside(path, file))]
+    series = {instance.series for instance in instances if path in (folder, instance.path)}
+    if not series:
+        told = "is a folder without a DICOM slide" if path == folder else "is a DICOM file, but no whole slide image"
+        raise SlideError(f"{path} {told}: give the slide's own file.")
+    if len(series) > 1:
+        msg = f"{path} holds {len(series)} DICOM slides (series): give each a folder of its own, or one file of each."
+        raise SlideError(msg)
+    slide = [instance for instance in instances if instance.series in series]
+    _refuse_incomplete(path, slide)
+    return slide[0].path
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a file begins as a DICOM file does."""
+    with path.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def _refuse_incomplete(path: Path, slide: list[_Instance]) -> None:
+    cut = next((instance for instance in slide if instance.is_cut), None)
+    if cut:
+        raise SlideError(f"{cut.path} is truncated (its pixel data do not end): copy it again from where it came.")
+    levels = [instance for instance in slide if "VOLUME" in instance.image_type]
+    if levels and all(instance.image_type[3:4] == ("RESAMPLED",) for instance in levels):
+        told = f"all {len(levels)} files of it are coarser levels (RESAMPLED)"
+        raise SlideError(f"{path} lacks the file of its finest level ({told}): copy the slide's whole folder.")
+
+
+def _read_beside(path: Path, file: Path) -> _Instance | None:
+    """Read a file of a folder; where one slide of the folder was asked for, another's damage is no matter."""
+    try:
+        return _read_instance(file)
+    except SlideError:
+        if path in (file, file.parent):
+            raise
+        return None
+
+
+def _read_instance(path: Path) -> _Instance | None:
+    """Read the header of a file; nothing for what is no DICOM file of a whole slide image."""
+    from pydicom.filereader import read_partial  # takes longer than opening a slide, and few slides are DICOM
+
+    if not path.is_file() or not is_dicom(path):
+        return None
+    try:
+        with path.open("rb") as stream:
+            head = read_partial(stream, stop_when=lambda tag, vr, length: tag > _TOTAL_PIXEL_MATRIX_ROWS)  # noqa: ARG005
+            if head.get("SOPClassUID") != _WHOLE_SLIDE:
+                return None
+            is_plain = head.file_meta.TransferSyntaxUID in _PLAIN
+            is_cut = path.stat().st_size < _plain_bytes(head) if is_plain else not _ends(stream)
+        return _Instance(path, str(head.SeriesInstanceUID), tuple(head.ImageType), is_cut)
+    except _READ_ERRORS as error:
+        msg = f"{path} is a DICOM file whose header cannot be read: copy it again from where it came."
+        raise SlideError(msg) from error
+
+
+def _ends(stream: Any) -> bool:
+    """Return whether encapsulated pixel data have their end."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - _TAIL))
+    return _DELIMITER in stream.read()
+
+
+def _plain_bytes(head: Any) -> int:
+    samples = head.Rows * head.Columns * head.SamplesPerPixel
+    return int(samples) * int(head.get("NumberOfFrames", 1))
