@@ -14,7 +14,7 @@ from PIL import Image
 from histrata.errors import TableError
 from histrata.sheets import SlideRow
 from histrata.slides.check import COLUMNS, check_slides
-from mirax import write_mirax
+from vendors import write_mirax
 
 EXPECTED = {
     "CMU-1-Small-Region.svs": ("accepted", ""),
@@ -204,13 +204,20 @@ def test_a_dicom_folder_without_its_finest_level_is_rejected(dicom):
 def mirax(data, tmp_path):
     with openslide.OpenSlide(data / "slides" / "CMU-1-Small-Region.svs") as slide:
         rgb = np.asarray(slide.read_region((200, 200), 0, (512, 256)).convert("RGB"))
-    return write_mirax(tmp_path / "m.mrxs", rgb, mpp=0.2425, power=20, levels=3)
+    return write_mirax(tmp_path / "m.mrxs", rgb, side=64, factors=(1, 2, 4))
 
 
 def test_a_mirax_slide_with_its_folder_is_read(mirax):
-    row = check_slides(rows_of(mirax.parent, ["m.mrxs"], mpp=0.2425)).iloc[0]
-    assert (row.status, row.vendor, row.levels, row.width, row.height) == ("accepted", "mirax", 3, 512, 256)
+    row = check_slides(rows_of(mirax.parent, ["m.mrxs"])).iloc[0]
+    assert (row.status, row.vendor, row.levels, row["mpp"]) == ("accepted", "mirax", 3, 0.25)
     assert row.bytes == sum(p.stat().st_size for p in (mirax.with_suffix(".mrxs"), *mirax.iterdir()))
+
+
+def test_a_camera_adapter_makes_the_power_of_a_mirax_slide_tell_nothing(tmp_path):
+    write_mirax(tmp_path / "m.mrxs", np.full((256, 256, 3), 240, np.uint8), mpp=0.2325)
+    row = check_slides(rows_of(tmp_path, ["m.mrxs"])).iloc[0]
+    assert (row.status, row["mpp"], row.magnification) == ("accepted", 0.2325, 20)
+    assert row.mpp_candidates == "vendor=0.2325"
 
 
 @pytest.mark.parametrize("share", [None, 0.0, 0.6, 0.99])
@@ -220,7 +227,7 @@ def test_a_mirax_slide_that_lacks_some_of_its_folder_is_rejected(mirax, file, sh
         (mirax / file).unlink()
     else:
         cut(mirax / file, share)
-    row = check_slides(rows_of(mirax.parent, ["m.mrxs"], mpp=0.2425)).iloc[0]
+    row = check_slides(rows_of(mirax.parent, ["m.mrxs"])).iloc[0]
     assert row.status == "rejected"
     assert "m.mrxs" in row.reason
     if file.startswith("Data"):
@@ -229,7 +236,7 @@ def test_a_mirax_slide_that_lacks_some_of_its_folder_is_rejected(mirax, file, sh
 
 def test_a_mirax_slide_without_its_folder_is_rejected(mirax):
     shutil.rmtree(mirax)
-    row = check_slides(rows_of(mirax.parent, ["m.mrxs"], mpp=0.2425)).iloc[0]
+    row = check_slides(rows_of(mirax.parent, ["m.mrxs"])).iloc[0]
     assert (row.status, row.vendor) == ("rejected", "")
     assert "its folder of the same name is missing" in row.reason
 
@@ -256,3 +263,10 @@ def test_encrypted_misnamed_and_empty_files_are_rejected_with_what_was_found(tmp
     assert "encrypted" in reasons["openssl.svs"]
     assert "decrypt" in reasons["crypt4gh.svs"]
     assert "is empty" in reasons["empty.scn"]
+
+
+def test_a_plain_image_under_a_scanners_name_is_warned_of(tmp_path):
+    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(tmp_path / "s.svs", format="PNG")
+    verdict = check_slides([SlideRow("s", tmp_path / "s.svs", patient_id="p", mpp=0.5)]).iloc[0]
+    assert verdict.status == "warning"
+    assert "plain PNG image, though named .svs" in verdict.reason

@@ -65,7 +65,7 @@ def assert_same(store: Path, slide: openslide.OpenSlide) -> None:
     group = zarr.open_group(store, mode="r")
     pyramid = Pyramid(store)
     x, y = pyramid.info["origin"]
-    for k, source in enumerate(pyramid.info["copied_from"]):
+    for k, source in enumerate(pyramid.info["source_levels"]):
         if source is None:
             continue
         plane = np.moveaxis(np.asarray(group[str(k)]), 0, 2)
@@ -106,7 +106,7 @@ def test_copied_tiles_are_openslides_pixels(tmp_path: Path, name: str) -> None:
     writer, options, copied = FORMATS[name]
     path = write(tmp_path / "slide", writer, picture(1301, 1107), **options)
     write_pyramid(path, tmp_path / "p.zarr", mpp=0.5, threads=2, levels=len(copied), shard=2)
-    assert Pyramid(tmp_path / "p.zarr").info["copied_from"] == copied
+    assert Pyramid(tmp_path / "p.zarr").info["source_levels"] == copied
     assert_same(tmp_path / "p.zarr", oracle(path))
 
 
@@ -117,7 +117,7 @@ def test_subifds_and_qptiff_are_copied(tmp_path: Path, writer: Callable[..., Any
     path = write(tmp_path / "slide.tif", writer, picture(1301, 1107), coding=coding, factors=(1, 2, 4))
     write_pyramid(path, tmp_path / "p.zarr", mpp=0.5, threads=2, shard=2)
     group = zarr.open_group(tmp_path / "p.zarr", mode="r")
-    assert group.attrs["histrata"]["copied_from"] == [0, 1, 2][: len(list(group)) - 1]
+    assert group.attrs["histrata"]["source_levels"] == [0, 1, 2][: len(list(group)) - 1]
     reader = open_reader(path)
     for k, level in enumerate(reader.levels[: len(list(group)) - 1]):
         expected, missing = reader.read(0, 0, level.width, level.height, k)
@@ -132,7 +132,7 @@ def test_the_real_slides_are_copied(data: Path, tmp_path: Path) -> None:
     for name, levels in {"derived/aperio-jpeg.svs": 3, "derived/leica.scn": 3, "dicom/CMU-1-Small-Region": 3}.items():
         store = tmp_path / f"{Path(name).stem}.zarr"
         write_pyramid(slides / name, store, threads=2)
-        copied = [k for k in Pyramid(store).info["copied_from"] if k is not None]
+        copied = [k for k in Pyramid(store).info["source_levels"] if k is not None]
         assert copied == list(range(levels)), name
         assert_same(store, oracle(slides / name))
 
@@ -187,7 +187,7 @@ def test_the_borders_of_made_levels_hold_no_padding(tmp_path: Path, side: int) -
 def test_tiles_that_overlap_are_not_copied(tmp_path: Path) -> None:
     path = write(tmp_path / "slide.bif", write_ventana_bif, picture(900, 1000), overlap=(16, 8))
     write_pyramid(path, tmp_path / "p.zarr", mpp=0.5, threads=2)
-    assert Pyramid(tmp_path / "p.zarr").info["copied_from"][0] is None
+    assert Pyramid(tmp_path / "p.zarr").info["source_levels"][0] is None
     slide = oracle(path)
     rgba = np.asarray(slide.read_region(Pyramid(tmp_path / "p.zarr").info["origin"], 0, slide.dimensions))
     plane = np.moveaxis(np.asarray(zarr.open_group(tmp_path / "p.zarr", mode="r")["0"]), 0, 2)
@@ -200,7 +200,7 @@ def test_two_scanned_areas_are_decoded(tmp_path: Path) -> None:
     path = write(tmp_path / "s.scn", write_leica, picture(400, 500), at=(100, 50), second=(900, 700), size=(2000, 1500))
     write_pyramid(path, tmp_path / "p.zarr", threads=2)
     pyramid, slide = Pyramid(tmp_path / "p.zarr"), oracle(path)
-    assert pyramid.info["copied_from"][0] is None
+    assert pyramid.info["source_levels"][0] is None
     for centre in ((300, 200), (1100, 900), (700, 600)):
         rgba = np.asarray(slide.read_region((centre[0] - 60, centre[1] - 60), 0, (120, 120)))
         window, missing = pyramid.windows(np.array([centre]), pyramid.mpp, 120)
@@ -223,7 +223,10 @@ def test_a_codec_keeps_what_it_promises(tmp_path: Path, codec: str) -> None:
             assert 0 < np.abs(plane.astype(int) - shown).mean() < 12
         else:
             np.testing.assert_array_equal(plane, shown)
-        assert (info["copied_from"][0] is not None) == (slide == copied and codec != "zstd")
+        codecs = zarr.open_group(tmp_path / "p.zarr", mode="r")["0"].metadata.codecs[0].codecs
+        stored = codecs[-1].to_dict()["name"]
+        assert stored == ("jpeg" if codec == "jpeg" or (slide == copied and codec == "auto") else "zstd")
+        assert (info["source_levels"][0] is not None) == (slide == copied)
 
 
 def _coded(name: str) -> Any:
@@ -238,7 +241,7 @@ def test_the_number_of_levels_is_what_was_asked_for(tmp_path: Path) -> None:
         write_pyramid(path, tmp_path / "p.zarr", threads=1, levels=levels)
         pyramid = Pyramid(tmp_path / "p.zarr")
         assert pyramid.n_levels == levels
-        assert pyramid.info["copied_from"] == [0, None, 1, None, None, None][:levels]
+        assert pyramid.info["source_levels"] == [0, None, 1, None, None, None][:levels]
 
 
 # ---- damage -------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ def test_a_coarse_tile_that_is_damaged_is_made_from_the_finer_level(tmp_path: Pa
     _spoil(path, level=1, tile=(0, 0))
     write_pyramid(path, tmp_path / "p.zarr", threads=1)
     pyramid = Pyramid(tmp_path / "p.zarr")
-    assert pyramid.info["copied_from"] == [0, None, 1]
+    assert pyramid.info["source_levels"] == [0, None, 1]
     assert not pyramid.missing_fraction(np.array([[500, 500]]), 900).any(), "nothing of level 0 is missing"
     plane = np.moveaxis(np.asarray(zarr.open_group(tmp_path / "p.zarr", mode="r")["2"]), 0, 2).astype(float)
     write_pyramid(write(tmp_path / "t.svs", write_aperio, picture(1301, 1107), factors=(1, 4)), tmp_path / "q.zarr")

@@ -692,3 +692,10 @@ def test_jpeg_strips_and_grey_and_separate_colours_have_the_pixels_of_tifffile(t
         rgb, missing = slide.read_region(0, 0, *SIZE)
     assert np.array_equal(rgb, np.broadcast_to(expected, picture.shape))
     assert not missing.any()
+
+
+def test_a_dicom_folder_with_an_empty_file_is_refused(tmp_path) -> None:
+    write_dicom(tmp_path, np.full((200, 300, 3), 200, np.uint8), factors=(1, 2))
+    (tmp_path / "level-x.dcm").write_bytes(b"")
+    with pytest.raises(SlideError, match=r"level-x.dcm is empty \(0 bytes\)"):
+        open_slide(tmp_path)

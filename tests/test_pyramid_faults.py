@@ -120,7 +120,7 @@ def test_a_cluster_writes_the_same_bytes(slide: Path, expected: str, tmp_path: P
 def test_a_worker_that_does_not_see_the_store_writes_nothing(slide: Path, tmp_path: Path) -> None:
     with open_slide(slide) as source:
         store = tmp_path / "elsewhere"
-        layout = plan(source, store, copy=True, lossless=True, quality=85, levels=None, tile=256, shard=8)
+        layout = plan(source, store, codec="auto", quality=85, levels=None, tile=256, shard=8)
     with pytest.raises(HistrataError, match=r"elsewhere: this worker does not see the folder"):
         write_block(layout, *layout.passes()[0], 0, 0)
     assert not store.exists()

@@ -22,6 +22,8 @@ from scipy import sparse
 from scipy.spatial import KDTree
 
 from histrata.errors import TableError
+from histrata.pyramid import Pyramid
+from histrata.pyramid.writer import write_pyramid
 from histrata.sheets import SlideRow
 from histrata.slides.check import check_slides
 from histrata.spots import grid_on_tissue, preflight, read_measured, tissue_fraction
@@ -447,6 +449,16 @@ def test_a_section_picture_without_scale_takes_that_of_its_spots(data: Path) -> 
     assert f"spots={checked['mpp'][0]:.6g}" in checked["mpp_candidates"][0]
     assert list(checked["status"]) == ["warning", "accepted", "warning"]
     assert "spacing of the spots says 2.74" in checked["reason"][2]
+
+
+def test_a_pyramid_has_the_um_that_the_check_chose(data: Path, tmp_path: Path) -> None:
+    asked = replace(legacy(data, "mob_stahl2016", "04"), path=data / "st" / "mob_stahl2016" / "images" / "04.jpg")
+    checked = check_slides([asked], preflight).iloc[0]
+    spots = float(checked["mpp_candidates"].partition("spots=")[2])
+    write_pyramid(asked.path, tmp_path / "p.ome.zarr", spots_mpp=spots)
+    info = Pyramid(tmp_path / "p.ome.zarr").info
+    assert (info["mpp"], info["mpp_source"]) == (pytest.approx(checked["mpp"], rel=1e-5), "spots")
+    assert set(info["mpp_candidates"]) == {"resolution", "spots"}
 
 
 def test_a_legacy_form_with_other_spots_is_another_array(data: Path) -> None:

@@ -98,6 +98,9 @@ def pyramid(
     slide: Annotated[Path, typer.Argument(help="Slide file; the folder for DICOM.")],
     out: Annotated[Path, typer.Argument(help="OME-Zarr folder to write.")],
     mpp: Annotated[float | None, typer.Option(help="um/px of level 0; default: what the file says.")] = None,
+    spots_mpp: Annotated[
+        float | None, typer.Option(help="um/px by the spacing of measured spots, for where the file says nothing.")
+    ] = None,
     codec: Annotated[
         Literal["auto", "jpeg", "zstd"],
         typer.Option(
@@ -126,6 +129,7 @@ def pyramid(
         slide,
         out,
         mpp=mpp,
+        spots_mpp=spots_mpp,
         codec=codec,
         quality=quality,
         levels=levels,

@@ -65,6 +65,8 @@ def _absorbance(image: np.ndarray, um_per_px: float, glass: np.ndarray, smooth_u
 _SMOOTH_UM = 6.0
 _MIN_PEN_UM2 = 20_000.0
 _MIN_STROKE_UM = 16.0
+_INK = 30  # absorbance x 100: half of the light passes
+_HALO, _HALO_UM = 6, 60.0  # strokes have soft edges
 _FLAT_INK = 4.0  # standard deviation of grey within a stroke; tissue has 6 and more at 4 um/px
 _TINTED_GLASS = 60  # spread of the channels above which colours cannot be those of the slide
 
@@ -94,39 +96,39 @@ def find_pen(image: np.ndarray, um_per_px: float, glass: np.ndarray) -> np.ndarr
     found = np.zeros(image.shape[:2], np.uint8)
     if np.ptp(glass.astype(int)) > _TINTED_GLASS:
         return found
-    red, green, blue = cv2.split(_absorbance(image, um_per_px, glass, _SMOOTH_UM))
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    for strong, weak in _inks(red.astype(np.int16), green.astype(np.int16), blue.astype(np.int16)):
-        marks = cv2.morphologyEx(strong.astype(np.uint8), cv2.MORPH_OPEN, disc(_MIN_STROKE_UM / um_per_px))
-        _keep_flat(marks, grey, _MIN_PEN_UM2 / um_per_px**2)
-        if marks.any():
-            # Out to where half of the light passes: strokes have soft edges.
-            found |= cv2.dilate(marks, disc(2 * _MIN_STROKE_UM / um_per_px)) & weak.astype(np.uint8)
+    marks = []
+    for ink in _inks(_absorbance(image, um_per_px, glass, _SMOOTH_UM)):
+        mark = cv2.morphologyEx((ink >= _INK).astype(np.uint8), cv2.MORPH_OPEN, disc(_MIN_STROKE_UM / um_per_px))
+        _keep_flat(mark, grey, _MIN_PEN_UM2 / um_per_px**2)
+        marks.append(mark)
+    if any(mark.any() for mark in marks):
+        for mark, ink in zip(marks, _inks(_absorbance(image, um_per_px, glass, 0)), strict=True):
+            found |= cv2.dilate(mark, disc(2 * _HALO_UM / um_per_px)) & (ink >= _HALO)
     return found
 
 
-def _inks(r: np.ndarray, g: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Give for each kind of ink where there surely is, and where there may be, some; absorbance x 100."""
-    darkest, palest = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
-    for hue, strength, low in (
-        (10 * g < 6 * r, r, 30),  # green to turquoise
-        (20 * b < 9 * np.minimum(r, g), np.minimum(r, g), 30),  # blue, violet
-        ((3 * r < g) & (4 * b > 3 * g), np.minimum(g, b), 30),  # red
-        (4 * palest > 3 * darkest, darkest, 35),  # black
-    ):
-        yield hue & (strength >= low), hue & (strength >= 30)
+def _inks(absorbed: np.ndarray) -> Iterator[np.ndarray]:
+    """Give for each kind of ink how much of it there is, int16 (height, width): absorbance x 100."""
+    r, g, b = (channel.astype(np.int16) for channel in cv2.split(absorbed))
+    most, least = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
+    yield r * (3 * g < 2 * r)  # green to turquoise
+    yield np.minimum(r, g) * (20 * b < 9 * np.minimum(r, g))  # blue, violet
+    yield np.minimum(g, b) * ((3 * r < g) & (4 * b > 3 * g))  # red
+    yield most * (4 * least > 3 * most)  # black
 
 
 def _keep_flat(marks: np.ndarray, grey: np.ndarray, min_area: float) -> None:
     """Clear the marks that are small, or that are textured inside; areas in px."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(marks)
-    for label, (x, y, width, height, area) in enumerate(stats):
-        if label == 0:
-            continue
+    large = stats[:, cv2.CC_STAT_AREA] >= min_area
+    large[0] = False
+    for label in np.flatnonzero(large):
+        x, y, width, height, _ = stats[label]
         here = np.s_[y : y + height, x : x + width]
         mark = (labels[here] == label).astype(np.uint8)
-        if area < min_area or _texture_inside(grey[here], mark) > _FLAT_INK:
-            marks[here][mark > 0] = 0
+        large[label] = _texture_inside(grey[here], mark) <= _FLAT_INK
+    marks &= large[labels]
 
 
 def _texture_inside(grey: np.ndarray, mark: np.ndarray) -> float:

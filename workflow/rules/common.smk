@@ -84,14 +84,18 @@ def m2ost_flags(leave_out=()):
     return flags(section, leave_out=("pretrained", *leave_out))
 
 
+def verdicts():
+    """Return the rows of check.tsv by slide."""
+    with checkpoints.check.get().output.table.open() as stream:
+        return {row["slide_id"]: row for row in csv.DictReader(stream, delimiter="\t")}
+
+
 def accepted():
     """Return the slides that the check did not reject, in the order of the sheet."""
-    with checkpoints.check.get().output.table.open() as stream:
-        verdicts = {
-            row["slide_id"]: row["status"]
-            for row in csv.DictReader(stream, delimiter="\t")
-        }
-    return [slide for slide in SLIDES if verdicts.get(slide) != "rejected"]
+    rows = verdicts()
+    return [
+        slide for slide in SLIDES if rows.get(slide, {}).get("status") != "rejected"
+    ]
 
 
 def measured():
@@ -110,9 +114,15 @@ def slide_file(wildcards):
     return SLIDES[wildcards.slide].path
 
 
-def slide_mpp(wildcards):
-    mpp = SLIDES[wildcards.slide].mpp
-    return f"--mpp {mpp}" if mpp else ""
+def mpp_flags(wildcards):
+    """Return the sheet's um/px and what the check found by the spacing of measured spots.
+
+    With both at hand a pyramid chooses as the check did.
+    """
+    row = SLIDES[wildcards.slide]
+    found = verdicts()[row.slide_id]["mpp_candidates"] if row.expression else ""
+    candidates = dict(word.partition("=")[::2] for word in found.split(";"))
+    return flags({"mpp": row.mpp, "spots_mpp": candidates.get("spots")})
 
 
 def measurement(wildcards):

@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 
 from histrata.errors import HistrataError
-from histrata.pyramid.layout import CELL, Layout, Level, halve
+from histrata.pyramid.layout import CELL, Layout, Level, Zstd, halve
 from histrata.pyramid.shards import shard_path, write_shard
 from histrata.slides import jpeg
 from histrata.slides.reader import Reader
@@ -19,10 +19,6 @@ from histrata.slides.slide import open_reader
 from histrata.slides.tiles import JpegTiles, find_agreeing
 
 _CHECKED = 8  # A tile from which no level is made is decoded at an eighth: enough to see whether it is damaged.
-
-
-class NotCopyable(HistrataError):
-    """A tile shows pixels, yet its stream cannot be copied: the slide has to be decoded instead."""
 
 
 def write_block(layout: Layout, base: int, made: range, row: int, column: int) -> None:
@@ -36,11 +32,6 @@ def write_block(layout: Layout, base: int, made: range, row: int, column: int) -
         The pass, as `Layout.passes` gives it.
     row, column
         Which block of level `base`.
-
-    Raises
-    ------
-    NotCopyable
-        Where tiles are to be copied and one shows pixels that its stream does not hold.
     """
     if layout.levels[base].source is not None:
         half = _copy_shard(layout, base, row, column, halved=bool(made))
@@ -104,8 +95,7 @@ def close_slide() -> None:
 
 def _copy_shard(layout: Layout, base: int, row: int, column: int, *, halved: bool) -> np.ndarray:
     """Copy the tiles of a shard as they are; return it at half the size where that is wanted."""
-    source, level = _open(layout), layout.levels[base]
-    tiles = source.tiles[base]
+    level, tiles = layout.levels[base], _open(layout).tiles[base]
     top, left = row * level.side, column * level.side
     rows, columns = (min(level.side, n - first) for n, first in zip(tiles.counts.shape, (top, left), strict=True))
     width, height = (side // 2 for side in level.tile)
@@ -113,16 +103,17 @@ def _copy_shard(layout: Layout, base: int, row: int, column: int, *, halved: boo
     copied: dict[tuple[int, int], bytes] = {}
     lost = np.zeros((rows, columns), np.bool_)
     for r, c in product(range(rows), range(columns)):
-        stream, small = _copy_tile(tiles, left + c, top + r, halved=halved)
-        if small is None and base:
-            stream, small = _make_tile(layout, base, left + c, top + r)
-        if small is None:
-            _refuse_readable(layout, source, left + c, top + r)
+        tile = _copy_tile(level, tiles, left + c, top + r, halved=halved)
+        if tile is None and base:
+            tile = _make_tile(layout, base, left + c, top + r)
+        if tile is None:
             lost[r, c] = True
-        elif halved:
+            continue
+        encoded, small = tile
+        if encoded is not None:
+            copied[r, c] = encoded
+        if halved:
             half[r * height : r * height + len(small), c * width : c * width + small.shape[1]] = small
-        if stream is not None:
-            copied[r, c] = stream
     write_shard(shard_path(layout.store / level.name, row, column), copied, level.side)
     if lost.any():
         _write_missing(layout, row, column, np.kron(lost, np.ones(level.tile[::-1], np.bool_)))
@@ -130,8 +121,10 @@ def _copy_shard(layout: Layout, base: int, row: int, column: int, *, halved: boo
     return half[:bottom, :right]
 
 
-def _copy_tile(tiles: JpegTiles, column: int, row: int, *, halved: bool) -> tuple[bytes | None, np.ndarray | None]:
-    """Return a tile's stream (None: it is left out), and its pixels at half the size (None: there are none).
+def _copy_tile(
+    level: Level, tiles: JpegTiles, column: int, row: int, *, halved: bool
+) -> tuple[bytes | None, np.ndarray] | None:
+    """Return what is stored of a tile (None: it is white), and its pixels at half the size; None if there is no tile.
 
     Every tile is decoded, be it at an eighth of its size: what is damaged must not be copied as if it were sound.
     """
@@ -139,11 +132,19 @@ def _copy_tile(tiles: JpegTiles, column: int, row: int, *, halved: bool) -> tupl
     try:
         stream = tiles.read(column, row)
         if stream is None:
-            return None, None
+            return None
+        if isinstance(level.encoding, Zstd):
+            pixels = _cut(jpeg.decode(stream), extent)
+            return _encoded(level, pixels).get((0, 0)), halve(pixels)
         small = _shrunk(stream, extent, halved=halved)
         return (None if _is_white(stream, small, extent) else stream), small
     except ValueError:
-        return None, None
+        return None
+
+
+def _cut(pixels: np.ndarray, extent: tuple[int, int]) -> np.ndarray:
+    """Leave out the padding of a tile."""
+    return pixels[: extent[1], : extent[0]]
 
 
 def _shrunk(stream: bytes, extent: tuple[int, int], *, halved: bool) -> np.ndarray:
@@ -153,34 +154,23 @@ def _shrunk(stream: bytes, extent: tuple[int, int], *, halved: bool) -> np.ndarr
         return jpeg.decode(stream, _CHECKED)
     if width % 2 or height % 2:
         # The last column or row would be averaged with the padding beside it.
-        return halve(jpeg.decode(stream)[:height, :width])
-    return jpeg.decode(stream, 2)[: height // 2, : width // 2]
+        return halve(_cut(jpeg.decode(stream), extent))
+    return _cut(jpeg.decode(stream, 2), (width // 2, height // 2))
 
 
 def _is_white(stream: bytes, small: np.ndarray, extent: tuple[int, int]) -> bool:
     """Whether every pixel is 255, as in a tile that is left out; the full tile is decoded only if it may be."""
     if small[0, 0, 0] != 255 or small.min() != 255:
         return False
-    return bool(jpeg.decode(stream)[: extent[1], : extent[0]].min() == 255)
-
-
-def _refuse_readable(layout: Layout, source: _Source, column: int, row: int) -> None:
-    """Raise where a tile of level 0 that cannot be copied has pixels all the same."""
-    tiles = source.tiles[0]
-    if not tiles.counts[row, column]:
-        return  # Left out, as the file says; a few of those were compared when the slide was opened.
-    x, y = (o + i * t for o, i, t in zip(tiles.origin, (column, row), tiles.tile, strict=True))
-    _, missing = source.reader.read(x, y, *tiles.extent(column, row), 0)
-    if not missing.all():
-        raise NotCopyable(f"{layout.slide}: tile ({column}, {row}) can be read, but not copied")
+    return bool(_cut(jpeg.decode(stream), extent).min() == 255)
 
 
 def _make_tile(layout: Layout, base: int, column: int, row: int) -> tuple[bytes | None, np.ndarray]:
-    """Make a tile that the slide's own coarse level lacks, from the level before: its stream and its half."""
+    """Make a tile that the slide's own coarse level lacks, from the level before; as `_copy_tile`."""
     level = layout.levels[base]
     pixels = halve(_stored(layout, base - 1, 2 * level.tile[0], 2 * level.tile[1], row, column))
     width, height = (min(t, s - i * t) for t, s, i in zip(level.tile, level.size, (column, row), strict=True))
-    pixels = pixels[:height, :width]
+    pixels = _cut(pixels, (width, height))
     return _encoded(level, pixels).get((0, 0)), halve(pixels)
 
 

@@ -15,6 +15,7 @@ import zarr
 from zarr.codecs import TransposeCodec, ZstdCodec
 
 from histrata.pyramid.codec import JpegCodec
+from histrata.pyramid.shards import shard_path
 from histrata.slides import Slide
 from histrata.slides.jpeg import SUBSAMPLINGS, encode
 from histrata.slides.tiles import JpegTiles
@@ -63,7 +64,8 @@ class Jpeg:
 class Level:
     """A level to be: its folder's name, (width, height) in px, tile (width, height), and tiles along a shard's side.
 
-    `source` is the level of the slide whose tiles it copies, in the colours `encoding.colour`; None: it is made.
+    `source` is the level of the slide whose JPEG tiles it takes: as they are, or decoded where `encoding` is Zstd.
+    Where it is None, the level is made.
     """
 
     name: str
@@ -77,11 +79,6 @@ class Level:
     def shard(self) -> tuple[int, int]:
         """(width, height) of a shard in px."""
         return self.side * self.tile[0], self.side * self.tile[1]
-
-    @property
-    def shards(self) -> tuple[int, int]:
-        """Shards across and down."""
-        return -(-self.size[0] // self.shard[0]), -(-self.size[1] // self.shard[1])
 
 
 @dataclass(frozen=True)
@@ -118,25 +115,24 @@ class Layout:
         return [(base, range(base + 1, end)) for base, end in zip(bases, ends, strict=True)]
 
 
-def plan(
-    slide: Slide, store: Path, *, copy: bool, lossless: bool, quality: int, levels: int | None, tile: int, shard: int
-) -> Layout:
-    """Choose the levels of a slide's pyramid, and which are copied.
-
-    `copy` asks for the slide's JPEG tiles where it has them; all else is stored without loss where it is
-    `lossless`. For the other parameters see `write_pyramid`.
-    """
-    copied = slide.jpeg_tiles(0) if copy else None
-    if copied is None or not _suits(copied, shard):
+def plan(slide: Slide, store: Path, *, codec: str, quality: int, levels: int | None, tile: int, shard: int) -> Layout:
+    """Choose the levels of a slide's pyramid, and which come from its own tiles; see `write_pyramid`."""
+    finest = slide.jpeg_tiles(0)
+    if finest is None or not _suits(finest, shard):
         x, y, width, height = slide.bounds
-        base = Level("0", (width, height), (tile, tile), shard, Zstd() if lossless else Jpeg(quality))
+        base = Level("0", (width, height), (tile, tile), shard, Jpeg(quality) if codec == "jpeg" else Zstd())
         return Layout(slide.path, store, (x, y), _halvings(base, levels))
-    chosen = list(_halvings(_copy(copied, 0, shard, quality), levels))
+
+    def taken(tiles: JpegTiles, index: int, k: int) -> Level:
+        encoding = Zstd() if codec == "zstd" else Jpeg(quality, tiles.colour, tiles.subsampling or "420")
+        return Level(str(k), tiles.size, tiles.tile, shard, encoding, index)
+
+    chosen = list(_halvings(taken(finest, 0, 0), levels))
     for k in range(1, len(chosen)):
         for index, tiles in _tiles_near(slide, 2**k):
-            if _fits(tiles, copied, 2**k) and _suits(tiles, shard):
-                chosen[k:] = _halvings(_copy(tiles, index, shard, quality, str(k)), len(chosen) - k)
-    return Layout(slide.path, store, copied.origin, tuple(chosen))
+            if _fits(tiles, finest, 2**k) and _suits(tiles, shard):
+                chosen[k:] = _halvings(taken(tiles, index, k), len(chosen) - k)
+    return Layout(slide.path, store, finest.origin, tuple(chosen))
 
 
 def _tiles_near(slide: Slide, downsample: int) -> Iterator[tuple[int, JpegTiles]]:
@@ -156,11 +152,6 @@ def _fits(tiles: JpegTiles, finest: JpegTiles, downsample: int) -> bool:
 def _suits(tiles: JpegTiles, shard: int) -> bool:
     """Whether tiles can be halved, and fill shards of whole cells."""
     return all(side % 2 == 0 and side * shard % CELL == 0 for side in tiles.tile) and tiles.subsampling is not None
-
-
-def _copy(tiles: JpegTiles, source: int, shard: int, quality: int, name: str = "0") -> Level:
-    encoding = Jpeg(quality, tiles.colour, tiles.subsampling or "420")
-    return Level(name, tiles.size, tiles.tile, shard, encoding, source)
 
 
 def _halvings(base: Level, count: int | None) -> tuple[Level, ...]:
@@ -192,6 +183,7 @@ def create_arrays(layout: Layout) -> None:
             dimension_names=("c", "y", "x"),
             **level.encoding.codecs(),
         )
+        shard_path(layout.store / level.name, 0, 0).parents[1].mkdir(parents=True)
     finest = layout.levels[0]
     group.create_array(
         "missing",

@@ -25,7 +25,7 @@ def shard_path(array: Path, row: int, column: int) -> Path:
 
 
 def write_shard(path: Path, tiles: Mapping[tuple[int, int], bytes], side: int) -> None:
-    """Write a shard of `side` x `side` tiles; none is written where there are no tiles.
+    """Write a shard of `side` x `side` tiles into an array that is there; none where there are no tiles.
 
     Parameters
     ----------
@@ -44,7 +44,8 @@ def write_shard(path: Path, tiles: Mapping[tuple[int, int], bytes], side: int) -
         index[place] = at, len(encoded)
         at += len(encoded)
     entries = index.tobytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # No folder above: a store that was given up and removed must not come back.
+    path.parent.mkdir(exist_ok=True)
     with path.open("wb") as stream:
         stream.writelines([*tiles.values(), entries, google_crc32c.value(entries).to_bytes(4, "little")])
 

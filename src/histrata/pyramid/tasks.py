@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dask
@@ -35,8 +36,9 @@ def run(tasks: list[Any], threads: int, scheduler: str | None, label: str) -> No
     if scheduler is not None:
         _run_on_cluster(tasks, scheduler, label)
         return
-    with TqdmCallback(desc=label, disable=None):
-        dask.compute(*tasks, scheduler="threads", num_workers=threads)
+    # Where a task fails, leaving the pool waits for those that still run: nobody writes once this has returned.
+    with TqdmCallback(desc=label, disable=None), ThreadPoolExecutor(threads) as pool:
+        dask.compute(*tasks, scheduler="threads", pool=pool)
 
 
 def _run_on_cluster(tasks: list[Any], scheduler: str, label: str) -> None:

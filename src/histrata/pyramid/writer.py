@@ -12,8 +12,6 @@ decoded or was not scanned. A tile or shard that is absent is white (`fill_value
 
 from __future__ import annotations
 
-import logging
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,12 @@ import zarr
 
 from histrata.errors import HistrataError
 from histrata.files import provenance, whole
-from histrata.pyramid.blocks import NotCopyable, blocks, close_slide, write_block
+from histrata.pyramid.blocks import blocks, close_slide, write_block
 from histrata.pyramid.layout import CELL, Layout, create_arrays, plan
 from histrata.pyramid.tasks import run
 from histrata.slides import Slide, open_slide
 
 CODECS = ("auto", "jpeg", "zstd")
-
-_log = logging.getLogger(__name__)
 
 
 def write_pyramid(
@@ -38,6 +34,7 @@ def write_pyramid(
     out: Path,
     *,
     mpp: float | None = None,
+    spots_mpp: float | None = None,
     codec: str = "auto",
     quality: int = 85,
     levels: int | None = None,
@@ -56,6 +53,8 @@ def write_pyramid(
         The OME-Zarr folder to write.
     mpp
         um/px of level 0 from the slide sheet; None reads it from the file.
+    spots_mpp
+        um/px of level 0 by the spacing of measured spots, for a file that does not say it.
     codec
         "auto": JPEG tiles are copied as they are, and what is not JPEG is stored losslessly. "jpeg": what cannot be
         copied is encoded at `quality`. "zstd": everything is decoded and stored losslessly.
@@ -85,15 +84,9 @@ def write_pyramid(
     slide, out = Path(slide).absolute(), Path(out).absolute()
     chosen: dict[str, Any] = {"quality": quality, "levels": levels, "tile": tile, "shard": shard}
     try:
-        with open_slide(slide, mpp=mpp) as source, whole(out) as store:
-            layout = plan(source, store, copy=codec != "zstd", lossless=codec != "jpeg", **chosen)
-            try:
-                _write(layout, threads, scheduler)
-            except NotCopyable as error:
-                _log.warning("%s; the slide is decoded instead", error)
-                shutil.rmtree(store)
-                layout = plan(source, store, copy=False, lossless=codec != "jpeg", **chosen)
-                _write(layout, threads, scheduler)
+        with open_slide(slide, mpp, spots_mpp) as source, whole(out) as store:
+            layout = plan(source, store, codec=codec, **chosen)
+            _write(layout, threads, scheduler)
             _describe(layout, source, {"codec": codec, **chosen})
     except OSError as error:
         told = error.strerror or error
@@ -154,7 +147,7 @@ def _describe(layout: Layout, source: Slide, parameters: dict[str, Any]) -> None
         "size": list(source.size),
         "bounds": list(source.bounds),
         "origin": list(layout.origin),
-        "copied_from": [level.source for level in layout.levels],
+        "source_levels": [level.source for level in layout.levels],
         "mpp": mpp,
         "mpp_source": source.mpp.source,
         "mpp_candidates": dict(source.mpp.candidates),

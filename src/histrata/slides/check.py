@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from histrata.errors import HistrataError, SlideError
-from histrata.slides.mirax import find_lost
+from histrata.slides.mirax import find_cut
 from histrata.slides.mpp import choose_mpp, list_candidates
 from histrata.slides.reader import Mask, Reader, Rgb
-from histrata.slides.slide import open_reader, read_magic
-from histrata.slides.tiff_reader import MAGIC as TIFF_MAGIC
+from histrata.slides.slide import open_reader
 from histrata.slides.tiff_reader import find_truncation, truncated
+from histrata.slides.tiles import is_tiff
 
 if TYPE_CHECKING:
     from histrata.sheets import SlideRow
@@ -31,6 +31,7 @@ COLUMNS = (
     "slide_id", "patient_id", "status", "reason", "path", "vendor", "width", "height", "levels", "mpp",
     "mpp_source", "mpp_candidates", "magnification", "bytes",
 )  # fmt: skip
+_SCANNERS = {".svs", ".ndpi", ".scn", ".bif", ".czi", ".vms", ".vmu", ".svslide", ".qptiff"}
 _PROBE = 16
 _DARK, _BRIGHT = 60, 180
 _MOSTLY, _HARDLY = 0.5, 0.05
@@ -97,7 +98,7 @@ def _examine(row: SlideRow, reader: Reader, preflight: Preflight | None, verdict
         "bytes": _bytes(row.path),
     }
     _refuse_truncated(row.path, reader.vendor)
-    warnings = _prove_levels(row.path, reader)
+    warnings = [*_misnamed(row.path, reader), *_prove_levels(row.path, reader)]
     _refuse_dark(row.path, reader)
     measured, spacing = preflight(row, size) if preflight else ([], None)
     evidence = replace(reader.evidence, spots=spacing)
@@ -120,15 +121,21 @@ def _bytes(path: Path) -> int:
 
 
 def _refuse_truncated(path: Path, vendor: str) -> None:
-    """Refuse a MIRAX slide, or a TIFF of any vendor, of which pixels are gone; OpenSlide opens many of those."""
+    """Refuse a MIRAX slide, or a TIFF of any vendor, that ends before its pixels; OpenSlide opens many of those."""
+    cut = None
     if vendor == "mirax":
-        lost = find_lost(path)
-        if lost:
-            raise SlideError(f"{path} is not whole ({lost}): copy it and its folder again from where they came.")
-    elif path.is_file() and read_magic(path).startswith(TIFF_MAGIC):
+        cut = find_cut(path)
+    elif path.is_file() and is_tiff(path):
         cut = find_truncation(path)
-        if cut:
-            raise truncated(path, cut)
+    if cut:
+        raise truncated(path, cut)
+
+
+def _misnamed(path: Path, reader: Reader) -> list[str]:
+    """Warn of a plain image under a scanner's name: often a thumbnail, with other pixels at another scale."""
+    if reader.vendor in ("jpeg", "png") and path.suffix.lower() in _SCANNERS:
+        return [f"It is a plain {reader.vendor.upper()} image, though named {path.suffix}: a thumbnail of the slide?"]
+    return []
 
 
 def _prove_levels(path: Path, reader: Reader) -> list[str]:

@@ -1,4 +1,4 @@
-"""The files of a DICOM slide: which of a folder belong to one slide, and whether they are all there.
+"""The files of a DICOM slide: which of a folder belong to it, whether they are all there, and their JPEG tiles.
 
 OpenSlide opens a slide that lacks its finest level, or of which a file was cut, as if nothing were wrong.
 
@@ -9,16 +9,21 @@ DICOM PS3.3 C.8.12.4 (Image Type of whole slide images), PS3.5 A.4 (encapsulated
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from histrata.errors import SlideError
+from histrata.slides.tiles import JpegTiles
 
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")  # transfer syntaxes, not compressed
+_JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
 _TOTAL_PIXEL_MATRIX_ROWS = 0x0048_0007  # the last element that is read; the places of the frames come after it
 _DELIMITER = bytes.fromhex("feffdde000000000")  # ends encapsulated pixel data; little but padding may follow
 _TAIL = 1 << 16
@@ -101,6 +106,8 @@ def _read_instance(path: Path) -> _Instance | None:
     """Read the header of a file; nothing for what is no DICOM file of a whole slide image."""
     from pydicom.filereader import read_partial  # takes longer than opening a slide, and few slides are DICOM
 
+    if path.suffix.lower() == ".dcm" and path.is_file() and not path.stat().st_size:
+        raise SlideError(f"{path} is empty (0 bytes): copy it again from where it came.")
     if not path.is_file() or not is_dicom(path):
         return None
     try:
@@ -126,3 +133,80 @@ def _ends(stream: Any) -> bool:
 def _plain_bytes(head: Any) -> int:
     samples = head.Rows * head.Columns * head.SamplesPerPixel
     return int(samples) * int(head.get("NumberOfFrames", 1))
+
+
+def tiles_of_dicom(folder: Path, width: int, height: int) -> list[JpegTiles]:
+    """Return what may be the tiles of a DICOM slide's level, from the one instance of its size in a folder.
+
+    Parameters
+    ----------
+    folder
+        The folder of the slide's instances.
+    width, height
+        Size of the level in px.
+    """
+    import pydicom  # see `_read_instance`
+
+    found = []
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        try:
+            head = pydicom.dcmread(path, stop_before_pixels=True, force=False)
+        except (pydicom.errors.InvalidDicomError, OSError, ValueError):
+            continue
+        size = (head.get("TotalPixelMatrixColumns"), head.get("TotalPixelMatrixRows"))
+        if size == (width, height) and "VOLUME" in head.get("ImageType", ()):
+            found.append((path, head))
+    if len(found) != 1:
+        return []
+    tiles = _tiles_of_instance(*found[0])
+    return [tiles] if tiles else []
+
+
+def _tiles_of_instance(path: Path, head: Any) -> JpegTiles | None:
+    if head.file_meta.TransferSyntaxUID != _JPEG_BASELINE or head.get("SamplesPerPixel") != 3:
+        return None
+    tile, size = (head.Columns, head.Rows), (head.TotalPixelMatrixColumns, head.TotalPixelMatrixRows)
+    columns, rows = (-(-s // t) for s, t in zip(size, tile, strict=True))
+    places = _places(head, tile, columns, rows)
+    frames = _frames(path, head)
+    if places is None or frames is None or len(frames) != len(places):
+        return None
+    offsets, counts = np.zeros((2, rows, columns), np.int64)
+    for (row, column), (offset, count) in zip(places, frames, strict=True):
+        offsets[row, column], counts[row, column] = offset, count
+    colour = "rgb" if head.PhotometricInterpretation == "RGB" else "ycbcr"
+    return JpegTiles(path, (0, 0), size, tile, offsets, counts, None, colour)
+
+
+def _places(head: Any, tile: tuple[int, int], columns: int, rows: int) -> list[tuple[int, int]] | None:
+    """Return row and column of each frame's tile; nothing where frames are no regular grid of one plane."""
+    if head.get("DimensionOrganizationType") == "TILED_FULL":
+        several = int(head.get("TotalPixelMatrixFocalPlanes", 1)) * int(head.get("NumberOfOpticalPaths", 1)) > 1
+        return None if several else list(itertools.product(range(rows), range(columns)))
+    places = []
+    for group in head.get("PerFrameFunctionalGroupsSequence", ()):
+        position = group.PlanePositionSlideSequence[0]
+        x, y = position.ColumnPositionInTotalImagePixelMatrix - 1, position.RowPositionInTotalImagePixelMatrix - 1
+        if x % tile[0] or y % tile[1] or not (0 <= x // tile[0] < columns and 0 <= y // tile[1] < rows):
+            return None
+        places.append((y // tile[1], x // tile[0]))
+    return places if len(set(places)) == len(places) else None
+
+
+def _frames(path: Path, head: Any) -> list[tuple[int, int]] | None:
+    """Return offset and bytes of each frame; nothing where a frame lies in several pieces."""
+    from pydicom import dcmread
+    from pydicom.encaps import parse_basic_offsets, parse_fragments
+
+    with path.open("rb") as stream:
+        dcmread(stream, stop_before_pixels=True)
+        stream.seek(12, os.SEEK_CUR)  # tag, OB, two reserved bytes and the undefined length of the pixel data
+        parse_basic_offsets(stream)
+        pieces, starts = parse_fragments(stream)
+        if pieces != int(head.get("NumberOfFrames", 1)):
+            return None
+        frames = []
+        for start in starts:
+            stream.seek(start + 4)
+            frames.append((start + 8, int.from_bytes(stream.read(4), "little")))
+    return frames

@@ -1,6 +1,6 @@
-"""MIRAX: whether the folder beside a slide holds all the pixels that its index speaks of.
+"""MIRAX: whether the data files of a slide hold all the images that its index speaks of.
 
-OpenSlide opens a slide of which data files are missing or cut, and finds out only where it reads them.
+OpenSlide opens a slide of which a data file was cut, and finds out only where it reads it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _VERSION = "01.02"
 _STRUCTURE_ERRORS = (configparser.Error, OSError, ValueError, LookupError, struct.error)
 
 
-def find_lost(path: Path) -> str | None:
-    """Say which data file of a MIRAX slide is missing or too short; nothing where all are whole.
+def find_cut(path: Path) -> str | None:
+    """Say which data file of a MIRAX slide ends before its images do; nothing where none does.
 
     Parameters
     ----------
@@ -28,14 +28,12 @@ def find_lost(path: Path) -> str | None:
     folder = path.with_suffix("")
     try:
         names, ends = _data_files(folder)
+        sizes = [(folder / name).stat().st_size for name in names]
     except _STRUCTURE_ERRORS:
         return None
-    for name, end in zip(names, ends.tolist(), strict=True):
-        file = folder / name
-        if end and not file.is_file():
-            return f"{file.name} is missing in its folder"
-        if end and file.stat().st_size < end:
-            return f"{file.name} in its folder ends at byte {file.stat().st_size:,}, its pixels at byte {end:,}"
+    for name, size, end in zip(names, sizes, ends.tolist(), strict=True):
+        if size < end:
+            return f"{name} in its folder ends at byte {size:,}, its pixels at byte {end:,}"
     return None
 
 

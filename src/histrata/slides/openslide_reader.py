@@ -14,13 +14,16 @@ import openslide
 from openslide import OpenSlideError
 
 from histrata.errors import SlideError
+from histrata.slides.dicom import tiles_of_dicom
 from histrata.slides.mpp import Evidence, number, positive_pair, resolution_mpp
 from histrata.slides.reader import Level, Mask, Rgb, blank, flatten, paste
-from histrata.slides.tiles import JpegTiles, is_tiff, tiles_of_dicom, tiles_of_slide
+from histrata.slides.tiles import JpegTiles, is_tiff, tiles_of_slide
 
 _UNITS = {"inch": "inch", "centimeter": "cm"}
 # Distance in px at which a region is probed for tiles of unknown size; a smaller tile may take its neighbours along.
 _PROBE = 32
+# A camera adapter, or a sensor of small pixels, lies behind the objectives of these: 0.17 to 0.24 um/px at 20x.
+_POWER_TELLS_NOTHING = {"mirax", "zeiss"}
 
 
 class OpenSlideReader:
@@ -52,7 +55,7 @@ class OpenSlideReader:
                 number(properties.get("tiff.YResolution")) or 0,
                 _UNITS.get(properties.get("tiff.ResolutionUnit", ""), ""),
             ),
-            objective=self.magnification,
+            objective=None if self.vendor in _POWER_TELLS_NOTHING else self.magnification,
         )
         self.undecodable = 0
 
@@ -139,7 +142,17 @@ class OpenSlideReader:
         """Return what may be the level's compressed tiles, not compared with its pixels yet."""
         if self.vendor == "dicom":
             return tiles_of_dicom(self._path.parent, self.levels[level].width, self.levels[level].height)
-        return tiles_of_slide(self._path, self.levels[level], self.bounds) if is_tiff(self._path) else []
+        if not is_tiff(self._path):
+            return []
+        tiles = tiles_of_slide(self._path, self.levels[level], self.bounds)
+        if self.vendor == "aperio" and level and self._lacks_tiles(level):
+            return []  # Shown from the finer level instead, where that lacks some, be they in the file or not.
+        return tiles
+
+    def _lacks_tiles(self, end: int) -> bool:
+        """Whether levels before `end` lack tiles."""
+        finer = (tiles_of_slide(self._path, level, self.bounds) for level in self.levels[:end])
+        return any((tiles.counts == 0).any() for candidates in finer for tiles in candidates)
 
     def close(self) -> None:
         """Close the file; no read may be under way."""

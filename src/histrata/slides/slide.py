@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -12,12 +13,11 @@ import numpy as np
 from histrata.errors import SlideError
 from histrata.slides.dicom import find_dicom, is_dicom
 from histrata.slides.image_reader import JPEG_MAGIC, PNG_MAGIC, ImageReader
-from histrata.slides.mpp import Mpp, choose_mpp
+from histrata.slides.mpp import Mpp, choose_mpp, positive_pair
 from histrata.slides.openslide_reader import OpenSlideReader, detect_openslide
 from histrata.slides.reader import Level, Mask, Reader, Rgb
-from histrata.slides.tiff_reader import MAGIC as TIFF_MAGIC
 from histrata.slides.tiff_reader import TiffReader
-from histrata.slides.tiles import JpegTiles, find_agreeing
+from histrata.slides.tiles import JpegTiles, find_agreeing, is_tiff
 
 _BLOCK = 2048
 # Formats of which the named file alone is a mere overview, though it looks like a plain JPEG or TIFF.
@@ -167,7 +167,7 @@ def _cut(source: int, target: int) -> list[tuple[int, int, int, int]]:
     return [(round(a * source / target), round(b * source / target), a, b) for a, b in itertools.pairwise(edges)]
 
 
-def open_slide(path: Path, mpp: float | None = None) -> Slide:
+def open_slide(path: Path, mpp: float | None = None, spots_mpp: float | None = None) -> Slide:
     """Open a slide; nothing is decoded yet.
 
     Parameters
@@ -176,6 +176,8 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
         A file that OpenSlide, tifffile or a plain image decoder reads, or a folder of DICOM files.
     mpp
         um per level-0 pixel from the slide sheet; it goes before what the file says.
+    spots_mpp
+        um per level-0 pixel by the spacing of a measured array's spots; what the file says goes before it.
 
     Raises
     ------
@@ -185,7 +187,8 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     path = Path(path)
     reader = open_reader(path)
     try:
-        return Slide(path, reader, choose_mpp(path, mpp, reader.evidence))
+        evidence = replace(reader.evidence, spots=positive_pair(spots_mpp, None))
+        return Slide(path, reader, choose_mpp(path, mpp, evidence))
     except SlideError:
         reader.close()
         raise
@@ -214,7 +217,8 @@ def _open_reader(path: Path) -> Reader:
         raise SlideError(f"{path} does not exist: correct the `path` column of the slide sheet.")
     if path.is_dir():
         return OpenSlideReader(find_dicom(path))
-    head = read_magic(path)
+    with path.open("rb") as stream:
+        head = stream.read(8)
     if not head:
         raise SlideError(f"{path} is empty (0 bytes): copy it again from where it came.")
     vendor = detect_openslide(path)
@@ -223,7 +227,7 @@ def _open_reader(path: Path) -> Reader:
     companion = _COMPANIONS.get(path.suffix.lower())
     if companion:
         raise SlideError(f"{path} cannot be read by itself; {companion}.")
-    if head.startswith(TIFF_MAGIC):
+    if is_tiff(path):
         return TiffReader(path)
     if head.startswith((JPEG_MAGIC, PNG_MAGIC)):
         return ImageReader(path)
@@ -236,9 +240,3 @@ def _no_slide(path: Path, head: bytes) -> SlideError:
     known = (what for magic, what in _OTHERS.items() if head.lstrip().startswith(magic))
     told, mend = next(known, (f"it begins with {head!r}", _CONVERT))
     return SlideError(f"{path} is no slide or image that can be read ({told}): {mend}.")
-
-
-def read_magic(path: Path) -> bytes:
-    """Return the first 8 bytes of a file."""
-    with path.open("rb") as stream:
-        return stream.read(8)

@@ -25,8 +25,6 @@ from histrata.slides.tiles import JpegTiles, tiles_of_page
 # Damage is reported in Histrata's own sentences; tifffile's log lines beside them only frighten.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
 # What tifffile raises on damaged structure: TiffFileError is a ValueError, NotImplementedError (and every
 # error of imagecodecs) a RuntimeError; tags of a wrong type or length give the others.
 _STRUCTURE_ERRORS = (
@@ -90,7 +88,7 @@ class TiffReader:
         if cut:
             raise truncated(self._path, cut)
         if not self._tiff.series:
-            raise ValueError("it has no page")
+            raise ValueError("none of its pages is there, as in a file that was cut")
         series = max(self._tiff.series, key=lambda s: math.prod(_extent(s)))
         if _is_fluorescence(series, self._tiff.ome_metadata or ""):
             msg = f"{self._path} has channels of fluorescence: give a bright-field scan, not fluorescence."

@@ -63,7 +63,7 @@ class JpegTiles:
         Raises
         ------
         ValueError
-            Where the bytes are no JPEG stream of a tile's size, or are cut.
+            Where the bytes are no JPEG stream of three components and a tile's size, or are cut.
         """
         count = int(self.counts[row, column])
         if not count:
@@ -77,8 +77,8 @@ class JpegTiles:
         size = jpeg.header_size(stored)
         stated = jpeg.self_contained(stored[:size], self.tables, self.colour)
         frame = jpeg.read_frame(stated)
-        if (frame.width, frame.height) != self.tile or len(frame.sampling) != 3 or not frame.baseline:
-            raise ValueError(f"the tile is no baseline JPEG of three components and {self.tile} px")
+        if (frame.width, frame.height) != self.tile or len(frame.sampling) != 3:
+            raise ValueError(f"the tile is no JPEG of three components and {self.tile} px")
         self._last_header[0] = stored[:size], stated
         return stated + stored[size:]
 
@@ -89,13 +89,14 @@ class JpegTiles:
 
     @cached_property
     def subsampling(self) -> str | None:
-        """Subsampling of the first tile that can be read, such as "420"; nothing for one that is not usual."""
+        """Subsampling of the first tile that can be read, such as "420"; nothing for what is not usual, or baseline."""
         for row, column in np.argwhere(self.counts > 0):
             try:
                 stream = self.read(int(column), int(row))
             except ValueError:
                 continue
-            return jpeg.subsampling(jpeg.read_frame(stream).sampling) if stream else None
+            frame = jpeg.read_frame(stream) if stream else None
+            return jpeg.subsampling(frame.sampling) if frame and frame.baseline else None
         return None
 
     @cached_property
@@ -257,83 +258,3 @@ def _same(
     if (x, y) == tuple(exact):
         return not difference.any()
     return bool(difference.mean() <= _INTERPOLATED)
-
-
-def tiles_of_dicom(folder: Path, width: int, height: int) -> list[JpegTiles]:
-    """Return what may be the tiles of a DICOM slide's level, from the one instance of its size in a folder.
-
-    Parameters
-    ----------
-    folder
-        The folder of the slide's instances.
-    width, height
-        Size of the level in px.
-    """
-    import pydicom  # takes longer than opening a slide, and few slides are DICOM
-
-    found = []
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        try:
-            head = pydicom.dcmread(path, stop_before_pixels=True, force=False)
-        except (pydicom.errors.InvalidDicomError, OSError, ValueError):
-            continue
-        size = (head.get("TotalPixelMatrixColumns"), head.get("TotalPixelMatrixRows"))
-        if size == (width, height) and "VOLUME" in head.get("ImageType", ()):
-            found.append((path, head))
-    if len(found) != 1:
-        return []
-    tiles = _dicom_instance(*found[0])
-    return [tiles] if tiles else []
-
-
-_JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
-
-
-def _dicom_instance(path: Path, head: Any) -> JpegTiles | None:
-    if head.file_meta.TransferSyntaxUID != _JPEG_BASELINE or head.get("SamplesPerPixel") != 3:
-        return None
-    tile, size = (head.Columns, head.Rows), (head.TotalPixelMatrixColumns, head.TotalPixelMatrixRows)
-    columns, rows = (-(-s // t) for s, t in zip(size, tile, strict=True))
-    places = _dicom_places(head, tile, columns, rows)
-    frames = _dicom_frames(path, head)
-    if places is None or frames is None or len(frames) != len(places):
-        return None
-    offsets, counts = np.zeros((2, rows, columns), np.int64)
-    for (row, column), (offset, count) in zip(places, frames, strict=True):
-        offsets[row, column], counts[row, column] = offset, count
-    colour = "rgb" if head.PhotometricInterpretation == "RGB" else "ycbcr"
-    return JpegTiles(path, (0, 0), size, tile, offsets, counts, None, colour)
-
-
-def _dicom_places(head: Any, tile: tuple[int, int], columns: int, rows: int) -> list[tuple[int, int]] | None:
-    """Return row and column of each frame's tile; nothing where frames are no regular grid of one plane."""
-    if head.get("DimensionOrganizationType") == "TILED_FULL":
-        several = int(head.get("TotalPixelMatrixFocalPlanes", 1)) * int(head.get("NumberOfOpticalPaths", 1)) > 1
-        return None if several else list(itertools.product(range(rows), range(columns)))
-    places = []
-    for group in head.get("PerFrameFunctionalGroupsSequence", ()):
-        position = group.PlanePositionSlideSequence[0]
-        x, y = position.ColumnPositionInTotalImagePixelMatrix - 1, position.RowPositionInTotalImagePixelMatrix - 1
-        if x % tile[0] or y % tile[1] or not (0 <= x // tile[0] < columns and 0 <= y // tile[1] < rows):
-            return None
-        places.append((y // tile[1], x // tile[0]))
-    return places if len(set(places)) == len(places) else None
-
-
-def _dicom_frames(path: Path, head: Any) -> list[tuple[int, int]] | None:
-    """Return offset and bytes of each frame; nothing where a frame lies in several pieces."""
-    from pydicom import dcmread
-    from pydicom.encaps import parse_basic_offsets, parse_fragments
-
-    with path.open("rb") as stream:
-        dcmread(stream, stop_before_pixels=True)
-        stream.seek(12, os.SEEK_CUR)  # tag, OB, two reserved bytes and the undefined length of the pixel data
-        parse_basic_offsets(stream)
-        pieces, starts = parse_fragments(stream)
-        if pieces != int(head.get("NumberOfFrames", 1)):
-            return None
-        frames = []
-        for start in starts:
-            stream.seek(start + 4)
-            frames.append((start + 8, int.from_bytes(stream.read(4), "little")))
-    return frames
