@@ -402,6 +402,16 @@ def test_the_whole_image_at_any_scale(noisy: tuple[Pyramid, list[NDArray[np.floa
         assert inner.mean() == pytest.approx(planes[0].mean(), abs=1)
 
 
+def test_a_store_of_the_first_release_without_an_origin_opens(tmp_path: Path) -> None:
+    store = write(tmp_path, picture(300, 500))
+    centre = np.array([[200, 150]])
+    expected, _ = Pyramid(store).windows(centre, 0.5, 64)
+    group = zarr.open_group(store, mode="r+")
+    info = {k: v for k, v in group.attrs["histrata"].items() if k not in ("origin", "source_levels")}
+    group.attrs["histrata"] = info
+    np.testing.assert_array_equal(Pyramid(store).windows(centre, 0.5, 64)[0], expected)
+
+
 # ---- missing px ---------------------------------------------------------------------------------------
 
 

@@ -132,7 +132,7 @@ def _keep_flat(marks: np.ndarray, grey: np.ndarray, min_area: float) -> None:
 
 
 def _texture_inside(grey: np.ndarray, mark: np.ndarray) -> float:
-    """Return the standard deviation of `grey` in squares of 7 px, of px within `mark` alone; of its flattest quarter."""
+    """Return the standard deviation of `grey` within `mark`, in squares of 7 px, of its flattest quarter."""
     inside = cv2.erode(mark, np.ones((3, 3), np.uint8), borderValue=0).astype(np.float32)
     if not inside.any():
         return np.inf

@@ -29,7 +29,7 @@ _TEXTURE_UM = 28.0
 _RIM_UM = 20.0
 _EDGE_UM = 4.0
 _PEN_EDGE_UM = 12.0
-_MIN_HOLE_UM2 = 5_000.0
+_SPECK_UM2 = 5_000.0
 _DARK, _BRIGHT = 60, 180
 _COLOURS = {"Tissue": (20, 130, 60), "Pen": (0, 90, 255), "Blur": (255, 140, 0), "Fold": (0, 190, 200)}
 _PICTURE_PX = 1200
@@ -202,7 +202,8 @@ def _find_all(
         "Blur": find_blur(slide, glass, clear, scale, blur_mpp),
         "Fold": find_folds(image, um, glass, clear),
     }
-    return {"Tissue": tissue} | {name: _polygons(mask, 0, _MIN_HOLE_UM2 / um**2) for name, mask in masks.items()}
+    speck = _SPECK_UM2 / um**2
+    return {"Tissue": tissue} | {name: _polygons(mask, speck, speck) for name, mask in masks.items()}
 
 
 def _fill(pieces: shapely.MultiPolygon, size: tuple[int, ...]) -> np.ndarray:

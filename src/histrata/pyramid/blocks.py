@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from histrata.pyramid.shards import shard_path, write_shard
 from histrata.slides import jpeg
 from histrata.slides.reader import Reader
 from histrata.slides.slide import open_reader
-from histrata.slides.tiles import JpegTiles, find_agreeing
+from histrata.slides.tiles import JpegTiles
 
 _CHECKED = 8  # A tile from which no level is made is decoded at an eighth: enough to see whether it is damaged.
 
@@ -78,13 +79,14 @@ def _open(layout: Layout) -> _Source:
         # A worker on another machine; written to its own disk, the shards would be lost without a word.
         raise HistrataError(f"{layout.store}: this worker does not see the folder; start workers that share it")
     reader = open_reader(layout.slide)
-    tiles = {}
-    for k, level in enumerate(layout.levels):
-        if level.source is not None:
-            found = find_agreeing(reader.jpeg_tiles(level.source), reader, level.source)
-            if found is None:
-                raise HistrataError(f"{layout.slide}: the slide has changed while its pyramid was written; run again")
-            tiles[k] = found
+    taken = {k: (level.source, level.colour) for k, level in enumerate(layout.levels) if level.source is not None}
+    # Which candidate it is was found out by comparing pixels when the layout was made.
+    tiles = {
+        k: replace(candidate, colour=colour)
+        for k, (source, colour) in taken.items()
+        for candidate in reader.jpeg_tiles(source)
+        if candidate.origin == layout.origin
+    }
     return _Source(reader, tiles)
 
 

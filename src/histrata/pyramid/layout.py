@@ -64,8 +64,8 @@ class Jpeg:
 class Level:
     """A level to be: its folder's name, (width, height) in px, tile (width, height), and tiles along a shard's side.
 
-    `source` is the level of the slide whose JPEG tiles it takes: as they are, or decoded where `encoding` is Zstd.
-    Where it is None, the level is made.
+    `source` is the level of the slide whose JPEG tiles, of the colours `colour`, it takes: as they are, or decoded
+    where `encoding` is Zstd. Where it is None, the level is made.
     """
 
     name: str
@@ -74,6 +74,7 @@ class Level:
     side: int
     encoding: Zstd | Jpeg
     source: int | None = None
+    colour: str = "ycbcr"
 
     @property
     def shard(self) -> tuple[int, int]:
@@ -125,7 +126,7 @@ def plan(slide: Slide, store: Path, *, codec: str, quality: int, levels: int | N
 
     def taken(tiles: JpegTiles, index: int, k: int) -> Level:
         encoding = Zstd() if codec == "zstd" else Jpeg(quality, tiles.colour, tiles.subsampling or "420")
-        return Level(str(k), tiles.size, tiles.tile, shard, encoding, index)
+        return Level(str(k), tiles.size, tiles.tile, shard, encoding, index, tiles.colour)
 
     chosen = list(_halvings(taken(finest, 0, 0), levels))
     for k in range(1, len(chosen)):
