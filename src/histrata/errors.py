@@ -25,3 +25,9 @@ class TableError(HistrataError):
 
 class LeakError(HistrataError):
     """A split that would put one subject on both sides."""
+
+
+def quoted(error: BaseException) -> str:
+    """Return what a library told, to be put into a sentence: one line, printable, not too long."""
+    told = "".join(c if c.isprintable() else " " for c in f"{error}").strip(" .") or type(error).__name__
+    return told if len(told) <= 200 else f"{told[:200]}..."

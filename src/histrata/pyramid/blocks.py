@@ -101,7 +101,7 @@ def _copy_shard(layout: Layout, base: int, row: int, column: int, *, halved: boo
     top, left = row * level.side, column * level.side
     rows, columns = (min(level.side, n - first) for n, first in zip(tiles.counts.shape, (top, left), strict=True))
     width, height = (side // 2 for side in level.tile)
-    half = np.full((rows * height, columns * width, 3) if halved else (0, 0, 3), 255, np.uint8)
+    half = np.empty((rows * height, columns * width, 3) if halved else (0, 0, 3), np.uint8)
     copied: dict[tuple[int, int], bytes] = {}
     lost = np.zeros((rows, columns), np.bool_)
     for r, c in product(range(rows), range(columns)):
@@ -110,6 +110,7 @@ def _copy_shard(layout: Layout, base: int, row: int, column: int, *, halved: boo
             tile = _make_tile(layout, base, left + c, top + r)
         if tile is None:
             lost[r, c] = True
+            half[r * height : (r + 1) * height, c * width : (c + 1) * width] = 255
             continue
         encoded, small = tile
         if encoded is not None:

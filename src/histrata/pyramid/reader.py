@@ -32,6 +32,13 @@ _CACHE_BYTES = 256 << 20
 _RUN = 32  # windows that a thread reads one after the other
 
 
+# What zarr and the reading of numbers raise on damaged metadata; a JSON error is a ValueError, and every error of
+# imagecodecs and numcodecs a RuntimeError.
+_METADATA_ERRORS = (
+    ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, OSError, MemoryError,
+)  # fmt: skip
+
+
 class Pyramid:
     """A pyramid that `histrata pyramid` wrote.
 
@@ -62,8 +69,14 @@ class Pyramid:
         try:
             group = zarr.open_group(self.path, mode="r")
             info: Any = group.attrs["histrata"]
+            self._read_metadata(group, info)
         except (FileNotFoundError, KeyError, zarr.errors.GroupNotFoundError) as error:
             raise HistrataError(f"{path}: not a Histrata pyramid; write it with `histrata pyramid`") from error
+        except _METADATA_ERRORS as error:
+            told = "what the store says of itself is damaged"
+            raise HistrataError(f"{path}: {told}; remove the pyramid and write it again") from error
+
+    def _read_metadata(self, group: Any, info: Any) -> None:
         self.info: dict[str, Any] = dict(info)
         self.mpp = float(self.info["mpp"])
         width, height = self.info["size"]

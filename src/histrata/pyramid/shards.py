@@ -46,8 +46,7 @@ def write_shard(path: Path, tiles: Mapping[tuple[int, int], bytes], side: int) -
     entries = index.tobytes()
     # No folder above: a store that was given up and removed must not come back.
     path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as stream:
-        stream.writelines([*tiles.values(), entries, google_crc32c.value(entries).to_bytes(4, "little")])
+    path.write_bytes(b"".join([*tiles.values(), entries, google_crc32c.value(entries).to_bytes(4, "little")]))
 
 
 def read_index(path: Path, side: int) -> np.ndarray | None:

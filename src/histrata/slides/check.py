@@ -18,8 +18,7 @@ from histrata.slides.mirax import find_cut
 from histrata.slides.mpp import choose_mpp, list_candidates
 from histrata.slides.reader import Mask, Reader, Rgb
 from histrata.slides.slide import open_reader
-from histrata.slides.tiff_reader import find_truncation, truncated
-from histrata.slides.tiles import is_tiff
+from histrata.slides.tiff_reader import truncated
 
 if TYPE_CHECKING:
     from histrata.sheets import SlideRow
@@ -121,12 +120,8 @@ def _bytes(path: Path) -> int:
 
 
 def _refuse_truncated(path: Path, vendor: str) -> None:
-    """Refuse a MIRAX slide, or a TIFF of any vendor, that ends before its pixels; OpenSlide opens many of those."""
-    cut = None
-    if vendor == "mirax":
-        cut = find_cut(path)
-    elif path.is_file() and is_tiff(path):
-        cut = find_truncation(path)
+    """Refuse a MIRAX slide of which a file ends before its pixels; OpenSlide opens it."""
+    cut = find_cut(path) if vendor == "mirax" else None
     if cut:
         raise truncated(path, cut)
 

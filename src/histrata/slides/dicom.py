@@ -151,14 +151,15 @@ def tiles_of_dicom(folder: Path, width: int, height: int) -> list[JpegTiles]:
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         try:
             head = pydicom.dcmread(path, stop_before_pixels=True, force=False)
-        except (pydicom.errors.InvalidDicomError, OSError, ValueError):
+            size = (head.get("TotalPixelMatrixColumns"), head.get("TotalPixelMatrixRows"))
+            if size == (width, height) and "VOLUME" in head.get("ImageType", ()):
+                found.append((path, head))
+        except (pydicom.errors.InvalidDicomError, *_READ_ERRORS):
             continue
-        size = (head.get("TotalPixelMatrixColumns"), head.get("TotalPixelMatrixRows"))
-        if size == (width, height) and "VOLUME" in head.get("ImageType", ()):
-            found.append((path, head))
-    if len(found) != 1:
+    try:
+        tiles = _tiles_of_instance(*found[0]) if len(found) == 1 else None
+    except _READ_ERRORS:
         return []
-    tiles = _tiles_of_instance(*found[0])
     return [tiles] if tiles else []
 
 

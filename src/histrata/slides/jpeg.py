@@ -94,6 +94,8 @@ def read_frame(stream: bytes) -> Frame:
     """
     for marker, segment in _segments(stream):
         if marker in _FRAMES:
+            if len(segment) < 10 or len(segment) < 10 + 3 * segment[9]:
+                break
             bits, height, width, components = struct.unpack_from(">BHHB", segment, 4)
             factors = [segment[11 + 3 * i] for i in range(components)]
             sampling = tuple((factor >> 4, factor & 15) for factor in factors)

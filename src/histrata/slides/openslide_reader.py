@@ -13,11 +13,12 @@ import numpy as np
 import openslide
 from openslide import OpenSlideError
 
-from histrata.errors import SlideError
+from histrata.errors import SlideError, quoted
 from histrata.slides.dicom import tiles_of_dicom
 from histrata.slides.mpp import Evidence, number, positive_pair, resolution_mpp
-from histrata.slides.reader import Level, Mask, Rgb, blank, flatten, paste
-from histrata.slides.tiles import JpegTiles, is_tiff, tiles_of_slide
+from histrata.slides.reader import Level, Mask, Rgb, blank, flatten, paste, refuse_distorted
+from histrata.slides.tiff_reader import refuse_unsound
+from histrata.slides.tiles import STRUCTURE_ERRORS, JpegTiles, is_tiff, tiles_of_slide
 
 _UNITS = {"inch": "inch", "centimeter": "cm"}
 # Distance in px at which a region is probed for tiles of unknown size; a smaller tile may take its neighbours along.
@@ -36,12 +37,15 @@ class OpenSlideReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
+        if is_tiff(path):
+            refuse_unsound(path)
         self._handle = self._open()
         properties = self._handle.properties
         sizes = zip(self._handle.level_dimensions, self._handle.level_downsamples, strict=True)
         self.vendor: str = properties["openslide.vendor"]
         self._refuse_lost_files()
         self.levels = tuple(Level(w, h, downsample) for (w, h), downsample in sizes)
+        refuse_distorted(path, self.levels)
         self.magnification = number(properties.get("openslide.objective-power"))
         self.bounds = self._bounds()
         self._tiles = tuple(
@@ -63,7 +67,7 @@ class OpenSlideReader:
         try:
             return openslide.OpenSlide(self._path)
         except (OpenSlideError, OSError) as error:
-            told = f"{error}".strip(" .")
+            told = quoted(error)
             msg = f"{self._path} cannot be opened ({told}): copy it again or convert it to OME-TIFF."
             raise SlideError(msg) from error
 
@@ -144,9 +148,12 @@ class OpenSlideReader:
             return tiles_of_dicom(self._path.parent, self.levels[level].width, self.levels[level].height)
         if not is_tiff(self._path):
             return []
-        tiles = tiles_of_slide(self._path, self.levels[level], self.bounds)
-        if self.vendor == "aperio" and level and self._lacks_tiles(level):
-            return []  # Shown from the finer level instead, where that lacks some, be they in the file or not.
+        try:
+            tiles = tiles_of_slide(self._path, self.levels[level], self.bounds)
+            if self.vendor == "aperio" and level and self._lacks_tiles(level):
+                return []  # Shown from the finer level instead, where that lacks some, be they in the file or not.
+        except STRUCTURE_ERRORS:
+            return []
         return tiles
 
     def _lacks_tiles(self, end: int) -> bool:

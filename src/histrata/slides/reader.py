@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from histrata.errors import SlideError
 from histrata.slides.mpp import Evidence
 
 if TYPE_CHECKING:
@@ -65,6 +67,17 @@ def make_levels(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
     """Make levels from (width, height), finest first; downsamples as OpenSlide defines them."""
     full_w, full_h = sizes[0]
     return tuple(Level(w, h, (full_w / w + full_h / h) / 2) for w, h in sizes)
+
+
+def refuse_distorted(path: Path, levels: tuple[Level, ...]) -> None:
+    """Refuse levels that are not the same picture made smaller: one of their sizes is wrong."""
+    full = levels[0]
+    for k, level in enumerate(levels):
+        # One px of the shorter side, by rounding, is several of the longer one.
+        expected = level.height * full.width / full.height
+        if abs(level.width - expected) > 0.1 * level.width + 2 * max(1, full.width / full.height):
+            told = f"level {k} of {level.width} x {level.height} px cannot show {full.width} x {full.height} px"
+            raise SlideError(f"{path} has levels that do not fit one another ({told}): copy or export it again.")
 
 
 def blank(width: int, height: int) -> tuple[Rgb, Mask]:

@@ -16,22 +16,17 @@ import tifffile
 from numpy.typing import NDArray
 from tifffile import COMPRESSION, PHOTOMETRIC
 
-from histrata.errors import SlideError
+from histrata.errors import SlideError, quoted
 from histrata.slides import jpeg
 from histrata.slides.mpp import Evidence, ome_scale, resolution_mpp
-from histrata.slides.reader import MAX_DECODED_PIXELS, Mask, Rgb, blank, flatten, make_levels, paste
-from histrata.slides.tiles import JpegTiles, tiles_of_page
+from histrata.slides.reader import MAX_DECODED_PIXELS, Mask, Rgb, blank, flatten, make_levels, paste, refuse_distorted
+from histrata.slides.tiles import STRUCTURE_ERRORS, JpegTiles, tiles_of_page
 
 # Damage is reported in Histrata's own sentences; tifffile's log lines beside them only frighten.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
-# What tifffile raises on damaged structure: TiffFileError is a ValueError, NotImplementedError (and every
-# error of imagecodecs) a RuntimeError; tags of a wrong type or length give the others.
-_STRUCTURE_ERRORS = (
-    ValueError, RuntimeError, OSError, struct.error, TypeError, LookupError, AttributeError, ArithmeticError,
-)  # fmt: skip
 # What decoding one tile raises: errors of imagecodecs are RuntimeErrors, a wrong size is a ValueError.
-_DECODE_ERRORS = (RuntimeError, ValueError, OSError, TypeError, LookupError, struct.error)
+_DECODE_ERRORS = (MemoryError, RuntimeError, ValueError, OSError, TypeError, LookupError, struct.error)
 
 _COLOURS = {PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR}
 _AXES = ("YX", "YXS", "SYX", "CYX")
@@ -40,6 +35,8 @@ _UNITS = {2: "inch", 3: "cm"}
 _FLUORESCENCE = (' Fluor="', ' EmissionWavelength="', ' ContrastMethod="Fluorescence"')
 _IMAGEJ_UM = {"micron", "microns", "um", "µm", "\\u00B5m"}
 _CACHE_BYTES = 1 << 27
+_MAX_TILE_PIXELS = 1 << 26
+_TILE_OFFSETS = 324
 
 
 @dataclass(frozen=True)
@@ -72,14 +69,14 @@ class TiffReader:
         self._broken: set[tuple[int, int, int]] = set()
         try:
             self._tiff = tifffile.TiffFile(path)
-        except _STRUCTURE_ERRORS as error:
+        except STRUCTURE_ERRORS as error:
             raise _damaged(path, error) from error
         try:
             self._read_structure()
         except SlideError:
             self._tiff.close()
             raise
-        except _STRUCTURE_ERRORS as error:
+        except STRUCTURE_ERRORS as error:
             self._tiff.close()
             raise _damaged(path, error) from error
 
@@ -93,13 +90,15 @@ class TiffReader:
         if _is_fluorescence(series, self._tiff.ome_metadata or ""):
             msg = f"{self._path} has channels of fluorescence: give a bright-field scan, not fluorescence."
             raise SlideError(msg)
-        _refuse_foreign(self._path, series)
+        for level in series.levels:
+            _refuse_foreign(self._path, level)
         self._planes = [_plane(level) for level in series.levels]
         for plane in self._planes:
             self._refuse_huge_strips(plane)
             self._refuse_lost_segments(plane)
         self._mapped = [_map(self._path, plane) for plane in self._planes]
         self.levels = make_levels([(plane.width, plane.height) for plane in self._planes])
+        refuse_distorted(self._path, self.levels)
         self.vendor = "ome-tiff" if self._tiff.is_ome else "tiff"
         width, height = self.levels[0].width, self.levels[0].height
         self.bounds = (0, 0, width, height)
@@ -117,8 +116,10 @@ class TiffReader:
         for page in plane.pages:
             separate = page.keyframe.planarconfig == 2 and len(plane.pages) == 1
             expected = plane.across * plane.down * (page.keyframe.samplesperpixel if separate else 1)
-            if min(len(page.dataoffsets), len(page.databytecounts)) < expected:
+            if not len(page.dataoffsets) == len(page.databytecounts) == expected:
                 raise truncated(self._path, "the table of its tiles or strips is cut")
+            if _TILE_OFFSETS in page.keyframe.tags and not page.keyframe.is_tiled:
+                raise ValueError("it has tiles of no size")
             if max_end(page) > self._tiff.filehandle.size:
                 raise truncated(self._path, "tiles or strips lie beyond its end")
 
@@ -192,7 +193,7 @@ class TiffReader:
         height = min(plane.tile_height, plane.height - row * plane.tile_height)
         width = min(plane.tile_width, plane.width - column * plane.tile_width)
         # A tile at the border may come without the padding that its page promises.
-        if not (height <= len(rgb) <= plane.tile_height and width <= rgb.shape[1] <= plane.tile_width):
+        if len(rgb) not in (height, plane.tile_height) or rgb.shape[1] not in (width, plane.tile_width):
             raise ValueError("the tile or strip is of another size than its page")
         return rgb[:height, :width], missing[:height, :width]
 
@@ -226,7 +227,7 @@ def _size(tile: tuple[Rgb, Mask]) -> int:
 
 
 def _damaged(path: Path, error: BaseException) -> SlideError:
-    told = f"{error}".strip(" .").splitlines()[0] if f"{error}" else type(error).__name__
+    told = quoted(error)
     return SlideError(f"{path} is a TIFF whose structure cannot be read ({told}): copy or export it again.")
 
 
@@ -251,26 +252,40 @@ def _is_fluorescence(series: Any, ome: str) -> bool:
 
 def _refuse_foreign(path: Path, series: Any) -> None:
     """Refuse what is no 8-bit grey, RGB or RGBA image, in a compression that can be decoded."""
-    page = series.keyframe
-    colours = {"S": page.samplesperpixel, "C": series.shape[0]}.get(series.axes.strip("YX"), 1)
-    fault = None
-    if series.dtype != np.uint8 or page.bitspersample != 8:
-        fault = f"{series.dtype} pixels of {page.bitspersample} bits"
-    elif series.axes not in _AXES or (series.axes == "CYX" and colours != 3) or colours not in (1, 3, 4):
-        fault = f"axes {series.axes} of sizes {'x'.join(map(str, series.shape))}"
-    elif page.photometric not in _COLOURS:
-        fault = f"{getattr(page.photometric, 'name', page.photometric)} colours"
+    fault = _find_foreign(series, series.keyframe)
     if fault:
         msg = f"{path} has {fault}, not one plane of 8-bit grey or RGB: export it as an 8-bit RGB TIFF."
         raise SlideError(msg)
-    _refuse_compression(path, page)
+    _refuse_compression(path, series.keyframe)
+
+
+def _find_foreign(series: Any, page: Any) -> str | None:  # noqa: PLR0911
+    """Say what of an image is not as it can be read."""
+    samples, kind = page.samplesperpixel, page.photometric
+    planes = {"S": samples, "C": series.shape[0]}.get(series.axes.strip("YX"), 1)
+    bits = page.tags.get("BitsPerSample")
+    if kind not in _COLOURS:
+        return f"colours of kind {getattr(kind, 'name', repr(kind)[:20])}"
+    if kind in (PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR) and samples < 3:
+        return f"{kind.name} colours in {samples} sample(s)"
+    if "PhotometricInterpretation" not in page.tags or (bits and bits.count not in (1, samples)):
+        return "colours that it does not describe"
+    if kind == PHOTOMETRIC.YCBCR and page.compression != COMPRESSION.JPEG:
+        return "YCbCr colours that are not JPEG"
+    if page.planarconfig not in (1, 2):
+        return "colours in an unknown order"
+    if series.dtype != np.uint8 or page.bitspersample != 8:
+        return f"{series.dtype} pixels of {page.bitspersample} bits"
+    if series.axes not in _AXES or (series.axes == "CYX" and planes != 3) or planes not in (1, 3, 4):
+        return f"axes {series.axes} of sizes {'x'.join(map(str, series.shape))}"
+    return None
 
 
 def _refuse_compression(path: Path, page: Any) -> None:
     try:
         page.decode(None, 0)  # A segment that was left out: nothing is decoded, but the decoder is found.
     except _DECODE_ERRORS as error:
-        name = getattr(page.compression, "name", page.compression)
+        name = getattr(page.compression, "name", repr(page.compression)[:20])
         msg = f"{path} has a compression that cannot be decoded ({name}): export it as a JPEG TIFF."
         raise SlideError(msg) from error
 
@@ -293,6 +308,8 @@ def _map(path: Path, plane: _Plane) -> NDArray[np.uint8] | None:
     if not page.is_memmappable:
         return None
     shape = (plane.height, plane.width, key.samplesperpixel)
+    if sum(page.databytecounts) < math.prod(shape):
+        raise ValueError("its strips hold fewer pixels than it has")
     return np.memmap(path, np.uint8, "r", page.dataoffsets[0], shape)
 
 
@@ -305,7 +322,11 @@ def _decode_jpeg(page: Any, stream: bytes) -> NDArray[np.uint8]:
         # Bio-Formats writes YCbCr under the name of RGB; its streams say so by being JFIF.
         is_rgb = key.photometric == PHOTOMETRIC.RGB and stream[6:10] != b"JFIF"
         colour = "rgb" if is_rgb else "ycbcr"
-    pixels = jpeg.decode(jpeg.self_contained(stream, page.jpegtables, colour))
+    whole = jpeg.self_contained(stream, page.jpegtables, colour)
+    frame = jpeg.read_frame(whole)
+    if key.is_tiled and (frame.width > key.tilewidth or frame.height > key.tilelength):
+        raise ValueError("the stream is larger than its tile")
+    pixels = jpeg.decode(whole)
     if pixels.shape[2] != samples:
         raise ValueError("the stream has another number of components than its page")
     return pixels
@@ -379,13 +400,30 @@ def _directory(tiff: tifffile.TiffFile, offset: int) -> tuple[int, int]:
     return end + kind.offsetsize, struct.unpack(kind.offsetformat, handle.read(kind.offsetsize))[0]
 
 
-def find_truncation(path: Path) -> str | None:
-    """Say how a TIFF, of whichever vendor, ends before its pixels do; nothing where it does not.
+def refuse_unsound(path: Path) -> None:
+    """Refuse a TIFF of a scanner that is cut, or whose structure would end the process: OpenSlide believes it.
 
-    Files that tifffile cannot parse are nothing to say of: whoever can open them decides.
+    Raises
+    ------
+    SlideError
+        Tiles lie beyond the file's end, their table is too short, or they are larger than any scanner's.
     """
     try:
         with tifffile.TiffFile(path) as tiff:
-            return _find_cut(tiff)
-    except _STRUCTURE_ERRORS:
+            fault = _find_cut(tiff) or next((told for page in tiff.pages if (told := _find_odd(page))), None)
+    except STRUCTURE_ERRORS:
+        return  # Whoever can open it decides.
+    if fault:
+        raise truncated(path, fault)
+
+
+def _find_odd(page: Any) -> str | None:
+    key = page.keyframe
+    if not key.is_tiled:
         return None
+    across, down = -(-key.imagewidth // key.tilewidth), -(-key.imagelength // key.tilelength)
+    if min(len(page.dataoffsets), len(page.databytecounts)) < across * down:
+        return "the table of its tiles is cut"
+    if key.tilewidth * key.tilelength > _MAX_TILE_PIXELS:
+        return f"its tiles are of {key.tilewidth} x {key.tilelength} px"
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,13 @@ from histrata.slides.reader import Level, Reader
 
 _COLOURS = {PHOTOMETRIC.RGB: "rgb", PHOTOMETRIC.YCBCR: "ycbcr"}
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+# What tifffile raises on damaged structure: TiffFileError is a ValueError, NotImplementedError (and every error of
+# imagecodecs) a RuntimeError; tags of a wrong type or length, and text that is no number, give the others.
+STRUCTURE_ERRORS = (
+    ValueError, RuntimeError, OSError, struct.error, TypeError, LookupError, AttributeError, ArithmeticError,
+    MemoryError, SyntaxError,
+)  # fmt: skip
 
 _SAMPLES = 4  # tiles of each kind that are compared
 # Where a reader can be asked only for places between the pixels of a level, it interpolates: mean grey levels.
@@ -68,9 +76,10 @@ class JpegTiles:
         count = int(self.counts[row, column])
         if not count:
             return None
-        stored = os.pread(self._file.fileno(), count, int(self.offsets[row, column]))
-        if len(stored) < count:
+        offset = int(self.offsets[row, column])
+        if offset < 0 or count < 0 or offset + count > os.fstat(self._file.fileno()).st_size:
             raise ValueError("the tile is cut off")
+        stored = os.pread(self._file.fileno(), count, offset)
         header, stated = self._last_header[0]
         if header and stored.startswith(header):
             return stated + stored[len(header) :]
