@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import dask
 import zarr
 
 from histrata.errors import HistrataError
@@ -109,10 +108,8 @@ def _write(layout: Layout, threads: int, scheduler: str | None) -> None:
     """Write all arrays, one pass after the other: a later one may read what an earlier one wrote."""
     create_arrays(layout)
     for base, made in layout.passes():
-        # Bound to the function, since Dask would look into the layout as an argument, for every task anew.
-        write = dask.delayed(partial(write_block, layout, base, made), name=f"level-{base}", pure=False)
-        tasks = [write(row, column) for row, column in blocks(layout, base)]
-        run(tasks, threads, scheduler, f"{layout.slide.name}, level {layout.levels[base].name}")
+        write = partial(write_block, layout, base, made)
+        run(write, blocks(layout, base), threads, scheduler, f"{layout.slide.name}, level {layout.levels[base].name}")
 
 
 def _describe(layout: Layout, source: Slide, parameters: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import math
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -146,20 +147,20 @@ class OpenSlideReader:
         """Return what may be the level's compressed tiles, not compared with its pixels yet."""
         if self.vendor == "dicom":
             return tiles_of_dicom(self._path.parent, self.levels[level].width, self.levels[level].height)
-        if not is_tiff(self._path):
-            return []
-        try:
-            tiles = tiles_of_slide(self._path, self.levels[level], self.bounds)
-            if self.vendor == "aperio" and level and self._lacks_tiles(level):
-                return []  # Shown from the finer level instead, where that lacks some, be they in the file or not.
-        except STRUCTURE_ERRORS:
-            return []
-        return tiles
+        tiles = self._jpeg_tiles
+        if self.vendor == "aperio" and any((t.counts == 0).any() for finer in tiles[:level] for t in finer):
+            return []  # Shown from the finer level instead, where that lacks some, be they in the file or not.
+        return tiles[level]
 
-    def _lacks_tiles(self, end: int) -> bool:
-        """Whether levels before `end` lack tiles."""
-        finer = (tiles_of_slide(self._path, level, self.bounds) for level in self.levels[:end])
-        return any((tiles.counts == 0).any() for candidates in finer for tiles in candidates)
+    @cached_property
+    def _jpeg_tiles(self) -> list[list[JpegTiles]]:
+        """What may be the tiles of each level of a TIFF; read once, since the tables of a large slide are large."""
+        try:
+            return (
+                tiles_of_slide(self._path, self.levels, self.bounds) if is_tiff(self._path) else [[]] * len(self.levels)
+            )
+        except STRUCTURE_ERRORS:
+            return [[]] * len(self.levels)
 
     def close(self) -> None:
         """Close the file; no read may be under way."""

@@ -152,36 +152,33 @@ def tiles_of_page(path: Path, page: Any, size: tuple[int, int], origin: tuple[in
     return JpegTiles(path, origin, size, tile, starts, lengths, page.jpegtables, _COLOURS[key.photometric])
 
 
-def tiles_of_slide(path: Path, level: Level, bounds: tuple[int, int, int, int]) -> list[JpegTiles]:
-    """Return what may be the tiles of a level in a scanner's TIFF: the page that has the level's size.
+def tiles_of_slide(path: Path, levels: tuple[Level, ...], bounds: tuple[int, int, int, int]) -> list[list[JpegTiles]]:
+    """Return for each level what may be its tiles in a scanner's TIFF: the page that has the level's size.
 
     Parameters
     ----------
     path
         A TIFF that OpenSlide opens.
-    level
-        The level as OpenSlide gives it.
+    levels
+        The levels as OpenSlide gives them.
     bounds
-        x, y, width and height of what was scanned, in level-0 px: the page may hold just that.
+        x, y, width and height of what was scanned, in level-0 px: pages may hold just that.
     """
-    scanned = [bounds[2] / level.downsample, bounds[3] / level.downsample]
     with tifffile.TiffFile(path) as tiff:
         pages: list[Any] = [page for page in tiff.pages if page.keyframe and page.keyframe.is_tiled]
-        whole = _find_page(pages, (level.width, level.height))
-        if whole is not None:
-            tiles = tiles_of_page(path, whole, (level.width, level.height))
-            return [tiles] if tiles else []
-        # Rounded up or down, as the scanner's software does.
-        part = [
-            p
-            for p in pages
-            if max(abs(p.keyframe.imagewidth - scanned[0]), abs(p.keyframe.imagelength - scanned[1])) < 1
-        ]
-        tiles = (
-            tiles_of_page(path, part[0], (part[0].keyframe.imagewidth, part[0].keyframe.imagelength))
-            if len(part) == 1
-            else None
-        )
+        return [_tiles_of_level(path, pages, level, bounds) for level in levels]
+
+
+def _tiles_of_level(path: Path, pages: list[Any], level: Level, bounds: tuple[int, int, int, int]) -> list[JpegTiles]:
+    whole = _find_page(pages, (level.width, level.height))
+    if whole is not None:
+        tiles = tiles_of_page(path, whole, (level.width, level.height))
+        return [tiles] if tiles else []
+    # Of what was scanned, rounded up or down as the scanner's software does.
+    width, height = bounds[2] / level.downsample, bounds[3] / level.downsample
+    sizes = [(page, (page.keyframe.imagewidth, page.keyframe.imagelength)) for page in pages]
+    part = [(page, size) for page, size in sizes if max(abs(size[0] - width), abs(size[1] - height)) < 1]
+    tiles = tiles_of_page(path, *part[0]) if len(part) == 1 else None
     # A scan begins between two px of the frame; which of them the reader takes for the first is seen by comparing.
     corners = [(bounds[0] + dx, bounds[1] + dy) for dy, dx in itertools.product((0, 1), repeat=2)]
     return [replace(tiles, origin=corner) for corner in corners] if tiles else []
