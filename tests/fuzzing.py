@@ -1,6 +1,6 @@
 """Small slides of every family, their damage, and what is wrong about how the program takes it.
 
-`python tests/fuzzing.py FOLDER FIRST STOP STEP` examines cases one after the other, and writes a line before and after
+`python tests/fuzzing.py SLIDES FIRST STOP STEP` examines cases one after the other, and writes a line before and after
 each, so that whoever runs it knows which case a crash or a hang belongs to. `python tests/fuzzing.py FOLDER NAME`,
 with a name such as `aperio-17`, examines one case and leaves its damaged slide in the folder.
 """
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openslide
 import tifffile
 import zarr
 from numpy.typing import NDArray
@@ -29,11 +28,15 @@ from PIL import Image
 
 from histrata.errors import HistrataError
 from histrata.pyramid import Pyramid
+from histrata.pyramid.layout import plan
 from histrata.pyramid.writer import write_pyramid
 from histrata.sheets import SlideRow
-from histrata.slides import Slide, open_slide
+from histrata.slides import Slide, jpeg, open_slide
 from histrata.slides.check import check_slides
+from histrata.slides.tiles import JpegTiles
+from oracles import Judge, pages
 from vendors import (
+    LONG,
     Coded,
     Jpeg,
     Page,
@@ -56,7 +59,7 @@ Rgb = NDArray[np.uint8]
 Span = tuple[int, int]
 
 TILE = 64
-SIZE = (310, 205)  # width, height: 20 tiles, more than are compared before a level is copied
+SIZE = (316, 206)  # width, height: 20 tiles, more than are compared before a level is copied; level 1 is exactly half
 MPP = 0.5
 ADDRESS_SPACE = 4 << 30
 _READ = 512  # px of a side that are read at most: damage makes slides that are huge by their own word
@@ -81,7 +84,7 @@ def _write_strips(path: Path, rgb: Rgb, *, codec: str, rows: int = 16) -> None:
     strips = [coding.encode(np.ascontiguousarray(rgb[at : at + rows])) for at in range(0, len(rgb), rows)]
     page = tiled_page(rgb, coding=Coded("none"))
     tags = {tag: value for tag, value in page.tags.items() if tag not in (322, 323)} | coding.tags()
-    write_tiff(path, [Page(tags | {278: (4, [rows])}, strips)])
+    write_tiff(path, [Page(tags | {278: (LONG, [rows])}, strips)])
 
 
 def _write_image(path: Path, rgb: Rgb, **options: Any) -> None:
@@ -176,7 +179,7 @@ def _structure(path: Path, content: bytes) -> Iterator[Span]:
     if content[:2] == b"II":
         yield 0, 16
         with tifffile.TiffFile(path) as tiff:
-            for page in [p for page in tiff.pages for p in (page, *(page.pages or ()))]:
+            for page in pages(tiff):
                 for tag in page.tags.values():
                     yield tag.offset, tag.offset + (20 if tiff.is_bigtiff else 12)
                     yield tag.valueoffset, tag.valueoffset + max(1, tag.valuebytecount)
@@ -252,87 +255,6 @@ def _truncate(content: bytearray, at: int, rng: random.Random) -> None:
 _DAMAGES = (_flip, _flip, _set, _set, _set, _overwrite, _blank, _copy, _insert, _remove, _truncate)
 
 
-# --- What other decoders show of the same damaged file
-
-
-class OpenSlideOracle:
-    """What OpenSlide shows; each region by a handle of its own, which no damage elsewhere has spoilt."""
-
-    def __init__(self, path: Path) -> None:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        self._file = next(file for file in files if openslide.OpenSlide.detect_format(file))
-        with openslide.OpenSlide(self._file) as handle:
-            self.sizes = list(handle.level_dimensions)
-
-    def region(self, at: tuple[int, int], size: tuple[int, int], level: int) -> Rgb | None:
-        """Return uint8 (height, width, 4), or nothing where OpenSlide fails; `at` in level-0 px."""
-        with openslide.OpenSlide(self._file) as handle:
-            try:
-                return np.asarray(handle.read_region(at, level, size))
-            except openslide.OpenSlideError:
-                return None
-
-
-class PicturesOracle:
-    """What is to be seen of whole pictures: of a plain image, or of the pages of a TIFF."""
-
-    def __init__(self, pictures: list[Rgb]) -> None:
-        self._pictures = pictures
-        self.sizes = [(picture.shape[1], picture.shape[0]) for picture in pictures]
-
-    def region(self, at: tuple[int, int], size: tuple[int, int], level: int) -> Rgb | None:
-        """Return uint8 (height, width, 4); coarse levels are asked for from their corner alone."""
-        rgba = self._pictures[level][at[1] : at[1] + size[1], at[0] : at[0] + size[0]]
-        return rgba if rgba.shape[:2] == size[::-1] else None
-
-
-Oracle = OpenSlideOracle | PicturesOracle
-
-
-def find_oracle(path: Path, slide: Slide) -> Oracle | None:
-    """Return another decoder that opens the slide and sees a level 0 of the same size."""
-    for make in (OpenSlideOracle, _pillow, _tifffile):
-        try:
-            oracle = make(path)
-        except Exception:  # noqa: BLE001 - other decoders fail in ways of their own
-            continue
-        if slide.size in oracle.sizes:
-            return oracle
-    return None
-
-
-def _pillow(path: Path) -> PicturesOracle:
-    with Image.open(path) as image:
-        if image.mode != "RGB" or image.width * image.height > _READ**2:
-            raise ValueError(image.mode)
-        return PicturesOracle([np.dstack([np.asarray(image), np.full(image.size[::-1], 255, np.uint8)])])
-
-
-def _tifffile(path: Path) -> PicturesOracle:
-    """Decode page by page with tifffile, which makes up what is damaged of a JPEG: it shows at least as much."""
-    with tifffile.TiffFile(path) as tiff:
-        pages = [p for page in tiff.pages for p in (page, *(page.pages or ()))]
-        return PicturesOracle([_page(tiff, p) for p in pages if p.imagewidth * p.imagelength < 2 * _READ**2])
-
-
-def _page(tiff: Any, page: Any) -> Rgb:
-    rgba = np.zeros((page.imagelength, page.imagewidth, 4), np.uint8)
-    tables = {"jpegtables": page.jpegtables} if page.jpegtables else {}
-    for index, (offset, count) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=False)):
-        if not count:
-            continue
-        tiff.filehandle.seek(offset)
-        try:
-            tile, place, _ = page.decode(tiff.filehandle.read(count), index, **tables)
-        except Exception:  # noqa: BLE001
-            continue
-        top, left = place[2:4]
-        part = rgba[top : top + tile.shape[1], left : left + tile.shape[2]]
-        part[..., :3] = tile[0][: part.shape[0], : part.shape[1]]
-        part[..., 3] = 255
-    return rgba
-
-
 # --- Examination
 
 
@@ -346,12 +268,15 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-def examine(path: Path, *, deep: bool) -> Outcome:
-    """Read a damaged slide or store with everything that the program has for it."""
+def examine(path: Path, sound: Path, *, deep: bool) -> Outcome:
+    """Read a damaged slide or store with everything that the program has for it; `sound` is the undamaged one."""
     outcome = Outcome()
     files = set(path.parent.iterdir())
     try:
-        (_examine_store if path.suffix == ".zarr" else _examine_slide)(path, outcome, deep=deep)
+        if path.suffix == ".zarr":
+            _examine_store(path, outcome)
+        else:
+            _examine_slide(path, sound, outcome, deep=deep)
     except HistrataError as error:
         outcome.refused = True
         outcome.faults += _wrong_sentence(error, path)
@@ -375,11 +300,10 @@ def _wrong_sentence(error: HistrataError, path: Path) -> list[str]:
     return []
 
 
-def _examine_slide(path: Path, outcome: Outcome, *, deep: bool) -> None:
-    if deep:
-        _refuse_or_accept(path, outcome)
+def _examine_slide(path: Path, sound: Path, outcome: Outcome, *, deep: bool) -> None:
+    accepted = deep and _is_accepted(path, outcome)
     with open_slide(path, mpp=MPP) as slide:
-        oracle = find_oracle(path, slide)
+        judge = Judge(path, slide, sound, TILE)
         for index in sorted({0, len(slide.levels) - 1}):
             level = slide.levels[index]
             size = min(level.width, _READ), min(level.height, _READ)
@@ -387,99 +311,77 @@ def _examine_slide(path: Path, outcome: Outcome, *, deep: bool) -> None:
             for at in corners:
                 rgb, missing = slide.read_region(*at, *size, index)
                 outcome.missing |= bool(missing.any())
-                if oracle is not None:
-                    outcome.compared += 1
-                    outcome.faults += _compare(oracle, slide, (rgb, missing), at, index)
+                outcome.faults += judge.compare(rgb, missing, at, index, "read_region")
             slide.jpeg_tiles(index)
-        if deep:
-            _examine_pyramid(path, slide, outcome)
+        if accepted:
+            _examine_pyramid(path, slide, judge, outcome)
+        outcome.compared = judge.compared
 
 
-def _refuse_or_accept(path: Path, outcome: Outcome) -> None:
+def _is_accepted(path: Path, outcome: Outcome) -> bool:
     verdict = check_slides([SlideRow("s", path, mpp=MPP, patient_id="s")]).iloc[0]
     if verdict.status == "rejected":
         outcome.faults += _wrong_sentence(HistrataError(verdict.reason), path)
+    return bool(verdict.status != "rejected")
 
 
-def _compare(
-    oracle: Oracle, slide: Slide, region: tuple[Rgb, Any], at: tuple[int, int], index: int, cell: int = TILE
-) -> Iterator[str]:
-    """Compare a region with an oracle; where the oracle fails, cell by cell and then px by px."""
-    rgb, missing = region
-    level = slide.levels[index]
-    ks = [k for k, size in enumerate(oracle.sizes) if size == (level.width, level.height)]
-    k = index if index in ks else ks[0] if len(ks) == 1 else None
-    if k is None:
-        return
-    height, width = missing.shape
-    whole = oracle.region(at, (width, height), k)
-    if whole is not None:
-        yield from _differ(region, whole, f"level {index}")
-        return
-    if (width, height) == (1, 1):
-        if not missing.all():
-            yield f"level {index}, ({at[0]}, {at[1]}): shown, but the oracle fails there"
-        return
-    if max(width, height) > cell:
-        for y in range(0, height, cell):
-            for x in range(0, width, cell):
-                part = np.s_[y : y + cell, x : x + cell]
-                place = tuple(round(a + b * level.downsample) for a, b in zip(at, (x, y), strict=True))
-                yield from _compare(oracle, slide, (rgb[part], missing[part]), place, index)
-        return
-    there = np.argwhere(~missing)
-    for y, x in there[:: max(1, len(there) // 3)]:
-        place = tuple(round(a + b * level.downsample) for a, b in zip(at, (x, y), strict=True))
-        yield from _compare(oracle, slide, (rgb[y : y + 1, x : x + 1], missing[y : y + 1, x : x + 1]), place, index)
-
-
-def _differ(region: tuple[Rgb, Any], rgba: Rgb, where: str) -> Iterator[str]:
-    rgb, missing = region
-    opaque, absent = rgba[..., 3] == 255, rgba[..., 3] == 0
-    if (absent & ~missing).any():
-        yield f"{where}: {(absent & ~missing).sum()} px shown that the oracle does not have"
-    wrong = (rgb != rgba[..., :3]).any(axis=2) & opaque & ~missing
-    if wrong.any():
-        yield f"{where}: {wrong.sum()} px wrong"
-    if (missing & opaque).any():
-        yield f"{where}: {(missing & opaque).sum()} px missing that the oracle shows"
-
-
-def _examine_pyramid(path: Path, slide: Slide, outcome: Outcome) -> None:
-    """Write a pyramid and compare it with the slide's own pixels."""
+def _examine_pyramid(path: Path, slide: Slide, judge: Judge, outcome: Outcome) -> None:
+    """Write a pyramid, and compare it with the slide's own pixels and with the oracle's."""
     out = path.parent / "out.zarr"
-    write_pyramid(path, out, mpp=MPP, tile=TILE, shard=2, levels=2, threads=1)
+    options: dict[str, Any] = {"codec": "auto", "quality": 85, "levels": 2, "tile": TILE, "shard": 2}
+    write_pyramid(path, out, mpp=MPP, threads=1, **options)
+    pyramid = Pyramid(out)
+    x, y = pyramid.info["origin"]
+    plane, lost = _stored(out, 0), _lost(out)
+    outcome.faults += judge.compare(plane, lost, (x, y), 0, "pyramid")
+    rgb, missing = slide.read_region(x, y, plane.shape[1], plane.shape[0])
+    if ((plane != rgb).any(axis=2) & ~missing & ~lost).any():
+        outcome.faults.append("pyramid: its level 0 is not what the slide shows")
+    source = plan(slide, out, **options).levels[1].source
+    if source is not None:
+        coarse = _stored(out, 1)
+        made = _undecodable(slide, source, coarse.shape[:2])
+        outcome.faults += judge.compare(coarse, made, (x // 2, y // 2), source, "copied")
+    if max(slide.size) <= _READ:
+        part = pyramid.image(pyramid.mpp)[0][y : y + plane.shape[0], x : x + plane.shape[1]]
+        if (part != plane[: part.shape[0], : part.shape[1]]).any():
+            outcome.faults.append("pyramid: its image is not its level 0")
+    shutil.rmtree(out)
+
+
+def _stored(store: Path, level: int) -> Rgb:
+    """Read the first px of a level as zarr does: uint8 (height, width, 3)."""
+    array: Any = zarr.open_group(store, mode="r")[str(level)]
+    return np.ascontiguousarray(np.moveaxis(array[:, :_READ, :_READ], 0, 2))
+
+
+def _lost(store: Path) -> Any:
+    """Return bool (height, width) for the first px of level 0: those of cells that are missing, be it in part."""
+    group: Any = zarr.open_group(store, mode="r")
+    height, width = (min(side, _READ) for side in group["0"].shape[1:])
+    return np.kron(np.asarray(group["missing"]) > 0, np.ones((32, 32), np.bool_))[:height, :width]
+
+
+def _undecodable(slide: Slide, level: int, shape: tuple[int, ...]) -> Any:
+    """Return bool of a shape: the px of tiles that cannot be decoded, and are made from the finer level."""
+    tiles = slide.jpeg_tiles(level)
+    assert tiles is not None
+    undecodable = np.zeros(shape, np.bool_)
+    for row, column in np.ndindex(tiles.counts.shape):
+        if not _decodes(tiles, column, row):
+            undecodable[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE] = True
+    return undecodable
+
+
+def _decodes(tiles: JpegTiles, column: int, row: int) -> bool:
     try:
-        pyramid = Pyramid(out)
-        x, y = pyramid.info["origin"]
-        width, height = (min(side, _READ) for side in pyramid.bounds[2:])
-        rgb, missing = slide.read_region(x, y, width, height)
-        cells = _cells(missing)
-        rows, columns = (range(n) for n in cells.shape)
-        group = zarr.open_group(out, mode="r")
-        plane = np.moveaxis(np.asarray(group["0"][:, :height, :width]), 0, 2)
-        told = np.asarray(group["missing"])[: len(rows), : len(columns)] > 0
-        if (plane != rgb).any():
-            outcome.faults.append(f"pyramid: {(plane != rgb).any(axis=2).sum()} px differ from the slide's")
-        if (told != cells).any():
-            outcome.faults.append(f"pyramid: {(told != cells).sum()} of {cells.size} cells of `missing` are wrong")
-        if max(slide.size) <= _READ:
-            frame, _ = pyramid.image(pyramid.mpp)
-            part = frame[y : y + height, x : x + width]
-            if (part != rgb[: part.shape[0], : part.shape[1]]).any():
-                outcome.faults.append("pyramid: its image differs from the slide's")
-    finally:
-        shutil.rmtree(out)
+        stream = tiles.read(column, row)
+        return stream is not None and jpeg.decode(stream) is not None
+    except ValueError:
+        return False
 
 
-def _cells(missing: Any, side: int = 32) -> Any:
-    """Whether any px of each cell is missing."""
-    height, width = missing.shape
-    padded = np.pad(missing, ((0, -height % side), (0, -width % side)))
-    return padded.reshape(padded.shape[0] // side, side, -1, side).any(axis=(1, 3))
-
-
-def _examine_store(path: Path, outcome: Outcome, *, deep: bool) -> None:
+def _examine_store(path: Path, outcome: Outcome) -> None:
     """Read a damaged store window by window, and compare with what zarr reads."""
     pyramid = Pyramid(path)
     width, height = (min(side, _READ) for side in pyramid.size)
@@ -514,7 +416,8 @@ def examine_case(folder: Path, name: str, number: int, place: Path) -> Outcome:
     for file, content in damage(_sound(folder / name), rng).items():
         (place / file).parent.mkdir(parents=True, exist_ok=True)
         (place / file).write_bytes(content)
-    return examine(place / FAMILIES[name].name, deep=number % _DEEP == 0)
+    family = FAMILIES[name]
+    return examine(place / family.name, folder / name / family.name, deep=number % _DEEP == 0)
 
 
 def main(folder: Path, cases: range) -> None:
@@ -532,11 +435,17 @@ def main(folder: Path, cases: range) -> None:
     shutil.rmtree(place, ignore_errors=True)
 
 
+def repeat(folder: Path, case: str) -> Outcome:
+    """Examine one case by its name, and leave its slide in the folder."""
+    name, number = case.rsplit("-", 1)
+    if not (folder / "sound").exists():
+        make_slides(folder / "sound")
+    (folder / case).mkdir()
+    return examine_case(folder / "sound", name, int(number), folder / case)
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 3:
-        single, count = sys.argv[2].rsplit("-", 1)
-        kept = Path(sys.argv[1]) / sys.argv[2]
-        kept.mkdir()
-        print(examine_case(Path(sys.argv[1]), single, int(count), kept))
+        print(repeat(Path(sys.argv[1]), sys.argv[2]))
     else:
         main(Path(sys.argv[1]), range(*map(int, sys.argv[2:])))

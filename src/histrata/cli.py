@@ -143,12 +143,13 @@ def pyramid(
 @app.command()
 def tissue(
     folder: Folder,
-    mpp: Annotated[float, typer.Option(min=0, help="um/px at which tissue is looked for.")] = 4.0,
+    mpp: Annotated[float, typer.Option(min=0, help="um/px at which tissue, pen and folds are looked for.")] = 4.0,
     min_area_um2: Annotated[float, typer.Option(min=0, help="Smaller pieces are dropped.")] = 50_000.0,
     max_hole_um2: Annotated[float, typer.Option(min=0, help="Smaller holes are filled.")] = 20_000.0,
     smooth_um: Annotated[float, typer.Option(min=0, help="Gaps up to this width are closed.")] = 40.0,
+    blur_mpp: Annotated[float, typer.Option(min=0, help="um/px at which blur is looked for.")] = 1.0,
 ) -> None:
-    """Find the tissue of a slide; write tissue.geojson and tissue.png into its folder.
+    """Find the tissue of a slide, and pen, blur and folds on it; write tissue.geojson and tissue.png.
 
     Example: histrata tissue results/slides/A
     """
@@ -163,6 +164,7 @@ def tissue(
         min_area_um2=min_area_um2,
         max_hole_um2=max_hole_um2,
         smooth_um=smooth_um,
+        blur_mpp=blur_mpp,
     )
 
 

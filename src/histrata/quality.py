@@ -25,18 +25,18 @@ def find_glass(image: np.ndarray) -> np.ndarray:
     Plain white (255) is what was not scanned, and has no vote. Where less than a hundredth of the rest is flat
     and bright, the slide shows no glass, and white is returned.
     """
-    white = np.full(3, 255, np.uint8)
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    seen = image.min(axis=2) < 255
-    if not seen.any():
-        return white
-    bright = max(150, int(np.median(grey[seen])))
+    red, green, blue = cv2.split(image)
+    seen = cv2.min(cv2.min(red, green), blue) < 255
+    shades = np.bincount(grey[seen], minlength=256)
+    bright = max(150, int(np.searchsorted(shades.cumsum(), shades.sum() / 2)))
     flat = seen & (grey >= bright) & (texture(grey, 5) < _FLAT_GLASS)
-    if np.count_nonzero(flat) < _GLASS_SHARE * np.count_nonzero(seen):
-        return white
-    counts = np.convolve(np.bincount(grey[flat], minlength=256), np.ones(9), "same")
-    level = bright + int(counts[bright:].argmax())
-    return np.median(image[flat & (grey >= level - 4) & (grey <= level + 4)], axis=0).astype(np.uint8)
+    votes = np.bincount(grey[flat], minlength=256)
+    if votes.sum() <= _GLASS_SHARE * shades.sum():
+        return np.full(3, 255, np.uint8)
+    level = int(np.convolve(votes, np.ones(9), "same").argmax())
+    near = image[flat & (grey >= level - 4) & (grey <= level + 4)]
+    return np.median(near[:: max(1, len(near) // 100_000)], axis=0).astype(np.uint8)
 
 
 def texture(grey: np.ndarray, side: int) -> np.ndarray:
@@ -104,7 +104,7 @@ def find_pen(image: np.ndarray, um_per_px: float, glass: np.ndarray) -> np.ndarr
         marks.append(mark)
     if any(mark.any() for mark in marks):
         for mark, ink in zip(marks, _inks(_absorbance(image, um_per_px, glass, 0)), strict=True):
-            found |= cv2.dilate(mark, disc(2 * _HALO_UM / um_per_px)) & (ink >= _HALO)
+            found[(cv2.dilate(mark, disc(2 * _HALO_UM / um_per_px)) > 0) & (ink >= _HALO)] = 1
     return found
 
 
@@ -132,15 +132,16 @@ def _keep_flat(marks: np.ndarray, grey: np.ndarray, min_area: float) -> None:
 
 
 def _texture_inside(grey: np.ndarray, mark: np.ndarray) -> float:
-    """Return the standard deviation of `grey` within `mark`, in squares of 7 px, of its flattest quarter."""
+    """Return how much px differ from those within 2 px of them (root mean square), in the flattest quarter of a mark.
+
+    A slope, such as the soft edge of a stroke, is no texture.
+    """
     inside = cv2.erode(mark, np.ones((3, 3), np.uint8), borderValue=0).astype(np.float32)
     if not inside.any():
         return np.inf
-    share = cv2.blur(inside, (7, 7)) + 1e-6
-    shade = grey * inside
-    mean = cv2.blur(shade, (7, 7)) / share
-    variance = cv2.blur(shade * grey, (7, 7)) / share - mean * mean
-    return float(np.sqrt(max(0.0, np.quantile(variance[inside > 0], 0.25))))
+    rest = inside * (grey - cv2.blur(grey * inside, (5, 5)) / (cv2.blur(inside, (5, 5)) + 1e-6))
+    energy = cv2.blur(rest * rest, (7, 7)) / (cv2.blur(inside, (7, 7)) + 1e-6)
+    return float(np.sqrt(np.quantile(energy[inside > 0], 0.25)))
 
 
 def paint_over(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -164,6 +165,7 @@ _SAME_HUE = 1.4  # times what three quarters of the tissue of the same hue absor
 _WHOLE_SLIDE = 1.1  # times what nine tenths of all tissue absorb
 _ELONGATED = 2.5  # area over squared width
 _HUES = 8
+_STAINED_AT_ALL = 15  # absorbance x 100, summed over the channels
 
 
 def find_folds(image: np.ndarray, um_per_px: float, glass: np.ndarray, tissue: np.ndarray) -> np.ndarray:
@@ -184,19 +186,18 @@ def find_folds(image: np.ndarray, um_per_px: float, glass: np.ndarray, tissue: n
     uint8 (height, width), 1 on folds. Pieces below 5,000 square um are left out.
     """
     found = np.zeros_like(tissue)
-    absorbed = _absorbance(image, um_per_px, glass, 2 * _SMOOTH_UM).astype(np.int16)
-    total = absorbed.sum(axis=2, dtype=np.int16)
-    stained = (tissue > 0) & (total > 15)
-    if np.count_nonzero(stained) < 100:
+    absorbed = _absorbance(image, um_per_px, glass, _SMOOTH_UM)[tissue > 0]
+    total = absorbed.sum(axis=1, dtype=np.int16)
+    stained = total > _STAINED_AT_ALL
+    if np.count_nonzero(stained) < _HUES:
         return found
-    hue = absorbed[..., 0] / np.maximum(total, 1).astype(np.float32)
+    hue = absorbed[:, 0] / np.maximum(total, 1).astype(np.float32)
     edges = np.quantile(hue[stained], np.linspace(0, 1, _HUES + 1))
-    groups = np.clip(np.searchsorted(edges, hue[stained]) - 1, 0, _HUES - 1)
-    usual = [np.quantile(v, 0.75) if len(v := total[stained][groups == i]) else np.inf for i in range(_HUES)]
-    limit = np.maximum(
-        _SAME_HUE * np.interp(hue, (edges[1:] + edges[:-1]) / 2, usual), _WHOLE_SLIDE * np.quantile(total[stained], 0.9)
-    )
-    found[stained & (total > limit)] = 1
+    group = np.clip(np.searchsorted(edges, hue) - 1, 0, _HUES - 1)
+    usual = [np.quantile(v, 0.75) if len(v := total[stained & (group == i)]) else 0 for i in range(_HUES)]
+    of_hue = np.interp(hue, (edges[1:] + edges[:-1]) / 2, usual)
+    densest = np.quantile(total[stained], 0.9)
+    found[tissue > 0] = stained & (total > _SAME_HUE * of_hue) & (total > _WHOLE_SLIDE * densest)
     found = cv2.morphologyEx(found, cv2.MORPH_CLOSE, disc(20 / um_per_px))
     found = cv2.morphologyEx(found, cv2.MORPH_OPEN, disc(12 / um_per_px))
     _keep_long(found, _MIN_FOLD_UM2 / um_per_px**2)
@@ -226,15 +227,13 @@ _BANDS_UM = (0.7, 1.4, 2.8, 11.2)
 _COARSE_WEIGHT = 0.03
 _RIM_UM = 20.0
 _POOL_CELLS = 1.5
-_STAINED = 10  # grey levels darker than glass
-_LEAST_STAINED = 0.15
 _LEAST_CONTRAST = 4.0  # variance of grey below which a place has nothing to be sharp
 _MIN_BLUR_CELLS = 100  # a square of 160 um
 _OF_SHARP = 0.45
 _SHARPNESS_LIMITS = (0.22, 0.42)
 
 
-def find_blur(slide: Pyramid, glass: np.ndarray, tissue: np.ndarray, scale: float, mpp: float) -> np.ndarray:
+def find_blur(slide: Pyramid, tissue: np.ndarray, scale: float, mpp: float) -> np.ndarray:
     """Find tissue that is out of focus.
 
     Sharpness is the energy of details of about 1.4 um over that of details twice as large, plus a little of
@@ -248,8 +247,6 @@ def find_blur(slide: Pyramid, glass: np.ndarray, tissue: np.ndarray, scale: floa
     slide
         The pyramid. Only blocks with tissue are read, one after the other, at the finest of its levels that is
         not finer than half of `mpp` (at level 0 where that is coarser, with details of 1.4 px).
-    glass
-        Colour of the slide's glass, from `find_glass`. Lumens that are as bright have nothing to be sharp.
     tissue
         uint8 (height, width), 1 on tissue that may be judged: not under a pen.
     scale
@@ -261,22 +258,21 @@ def find_blur(slide: Pyramid, glass: np.ndarray, tissue: np.ndarray, scale: floa
     -------
     uint8 (height, width), 1 where tissue is blurred.
     """
-    level = int(np.clip(np.floor(np.log2(1.01 * mpp / slide.mpp)), 0, slide.n_levels - 1))
+    level = min(int(np.log2(max(1.0, 1.01 * mpp / slide.mpp))), slide.n_levels - 1)
     um = slide.mpp * 2**level
     fine = min(um, 1.0)
     cell = 4 * round(_CELL_UM / fine / 4)
     grid = _Cells(slide.bounds, cell * 2**level)
     rim = disc(2 * _RIM_UM / slide.mpp * scale)
     judged = grid.sample(cv2.erode(tissue, rim, borderType=cv2.BORDER_CONSTANT, borderValue=0), scale)
-    least = int(glass.mean()) - _STAINED
-    sums = np.zeros((4, *judged.shape), np.float32)
+    energy = np.zeros((3, *judged.shape), np.float32)
     for rows, columns, centre in grid.blocks():
         part = judged[rows, columns]
         if part.any():
             windows, _ = slide.windows(centre, um, cell * _BLOCK_CELLS + 2 * _MARGIN_PX, threads=1)
-            found = _energies(np.ascontiguousarray(np.moveaxis(windows[0], 0, 2)), fine, cell, least)
-            sums[:, rows, columns] = part * found[:, : part.shape[0], : part.shape[1]]
-    return grid.draw(_blurred(sums, judged), scale, tissue.shape) & tissue
+            found = _energies(np.ascontiguousarray(np.moveaxis(windows[0], 0, 2)), fine, cell)
+            energy[:, rows, columns] = part * found[:, : part.shape[0], : part.shape[1]]
+    return grid.draw(_blurred(energy, judged), scale, tissue.shape) & tissue
 
 
 class _Cells:
@@ -316,14 +312,8 @@ class _Cells:
 _BACKWARD = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 
 
-def _energies(image: np.ndarray, um: float, cell: int, least: int) -> np.ndarray:
-    """Measure the cells of a block, without the margin around it.
-
-    Returns
-    -------
-    float32 (4, cells, cells): energy of fine, of middle and of coarse details on px darker than `least`, and the
-    share of such px.
-    """
+def _energies(image: np.ndarray, um: float, cell: int) -> np.ndarray:
+    """Return float32 (3, cells, cells): mean energy of fine, middle and coarse details in the cells of a block."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
     first, second, third, last = (sigma / um for sigma in _BANDS_UM)
     one = cv2.GaussianBlur(grey, (0, 0), first)
@@ -332,15 +322,8 @@ def _energies(image: np.ndarray, um: float, cell: int, least: int) -> np.ndarray
     # What is left is so smooth that a quarter of the px shows it.
     small = cv2.resize(three, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
     rest = cv2.GaussianBlur(small, (0, 0), last / 4)
-    stained = three < least
-    return np.stack(
-        [
-            _cell_means((one - two) ** 2 * stained, cell),
-            _cell_means((two - three) ** 2 * stained, cell),
-            _cell_means((small - rest) ** 2 * (small < least), cell // 4),
-            _cell_means(stained, cell),
-        ]
-    )
+    fine, middle, coarse = (one - two) ** 2, (two - three) ** 2, (small - rest) ** 2
+    return np.stack([_cell_means(fine, cell), _cell_means(middle, cell), _cell_means(coarse, cell // 4)])
 
 
 def _cell_means(values: np.ndarray, cell: int) -> np.ndarray:
@@ -351,11 +334,11 @@ def _cell_means(values: np.ndarray, cell: int) -> np.ndarray:
     return np.asarray(inner.reshape(n, cell, n, cell).mean(axis=(1, 3), dtype=np.float32))
 
 
-def _blurred(sums: np.ndarray, judged: np.ndarray) -> np.ndarray:
-    """Decide for each cell, from the measures (4, cells, cells) of itself and of those around it."""
-    alone, _ = _sharpness(*sums)
-    around, contrast = _sharpness(*(cv2.GaussianBlur(measure, (0, 0), _POOL_CELLS) for measure in sums))
-    told = (judged > 0.5) & (contrast > _LEAST_CONTRAST)
+def _blurred(energy: np.ndarray, judged: np.ndarray) -> np.ndarray:
+    """Decide for each cell, from the energies (3, cells, cells) of itself and of those around it."""
+    pooled = [cv2.GaussianBlur(values, (0, 0), _POOL_CELLS) for values in (*energy, judged)]
+    alone, around = _sharpness(*energy), _sharpness(*pooled[:3])
+    told = (judged > 0.5) & (sum(pooled[:3]) > _LEAST_CONTRAST * pooled[3])
     if not told.any():
         return np.zeros(judged.shape, np.uint8)
     limit = np.clip(_OF_SHARP * np.quantile(around[told], 0.75), *_SHARPNESS_LIMITS)
@@ -368,9 +351,6 @@ def _blurred(sums: np.ndarray, judged: np.ndarray) -> np.ndarray:
     return np.asarray(whole * large[labels], np.uint8)
 
 
-def _sharpness(
-    fine: np.ndarray, middle: np.ndarray, coarse: np.ndarray, share: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return sharpness, and contrast (variance of grey on stained px; 0 where these are too few to tell)."""
-    contrast = np.where(share > _LEAST_STAINED, (fine + middle + coarse) / np.maximum(share, 1e-6), 0)
-    return fine / (middle + _COARSE_WEIGHT * coarse + 1e-6), contrast
+def _sharpness(fine: np.ndarray, middle: np.ndarray, coarse: np.ndarray) -> np.ndarray:
+    """Return the energy of fine details over that of coarser ones."""
+    return fine / (middle + _COARSE_WEIGHT * coarse + 1e-6)

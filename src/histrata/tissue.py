@@ -199,7 +199,7 @@ def _find_all(
     clear = _fill(tissue, image.shape[:2]) & (cv2.dilate(pen, disc(2 * _PEN_EDGE_UM / um)) == 0)
     masks = {
         "Pen": pen,
-        "Blur": find_blur(slide, glass, clear, scale, blur_mpp),
+        "Blur": find_blur(slide, clear, scale, blur_mpp),
         "Fold": find_folds(image, um, glass, clear),
     }
     speck = _SPECK_UM2 / um**2

@@ -17,7 +17,10 @@ from histrata.report.figures import Picture, draw_gene, read_thumbnail
 from histrata.report.parts import MAIN, Figure, Part, SlidePart
 from histrata.report.scores import rank_genes
 from histrata.tables import read_table
-from histrata.tissue import read_tissue
+from histrata.tissue import ARTEFACTS, read_artefacts, read_tissue
+
+_DISTURBED = {"Pen": "under pen", "Blur": "out of focus", "Fold": "folded"}
+_NOTABLE = 0.05
 
 
 def read_trained_on(results: Path) -> list[str] | None:
@@ -67,17 +70,23 @@ def describe_slide(
 
 def _describe_tissue(part: SlidePart, folder: SlideFolder, mpp: float) -> None:
     if folder.tissue_picture.is_file():
-        alt = f"Slide {part.slide_id} with its tissue outlined in green"
+        others = "pen in blue, blur in orange and folds in cyan"
+        alt = f"Slide {part.slide_id} with its tissue outlined in green, {others}"
         part.tissue = Figure(read_thumbnail(folder.tissue_picture), alt)
     else:
         part.notes.append("There is no picture of its tissue.")
     if not folder.tissue.is_file():
         return
-    area = read_tissue(folder.tissue).area * mpp**2 / 1e6
-    if not area:
+    tissue = read_tissue(folder.tissue)
+    if tissue.is_empty:
         part.notes.append("No tissue was found on it.")
-    elif area > 0:
-        part.facts.append(("tissue", f"{area:.2f} mm²"))
+        return
+    if mpp > 0:
+        part.facts.append(("tissue", f"{tissue.area * mpp**2 / 1e6:.2f} mm²"))
+    found = read_artefacts(folder.tissue)
+    shares = {_DISTURBED[name]: found[name].intersection(tissue).area / tissue.area for name in ARTEFACTS}
+    part.facts.append(("of the tissue", ", ".join(f"{share:.1%} {how}" for how, share in shares.items())))
+    part.notes += [f"{share:.0%} of its tissue is {how}." for how, share in shares.items() if share >= _NOTABLE]
 
 
 def _describe_spots(part: SlidePart, spots: ad.AnnData) -> None:

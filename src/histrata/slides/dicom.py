@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from histrata.errors import SlideError
+from histrata.slides.dicom_structure import refuse_misnested
 from histrata.slides.tiles import JpegTiles
 
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
@@ -27,16 +27,7 @@ _JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
 _TOTAL_PIXEL_MATRIX_ROWS = 0x0048_0007  # the last element that is read; the places of the frames come after it
 _DELIMITER = bytes.fromhex("feffdde000000000")  # ends encapsulated pixel data; little but padding may follow
 _TAIL = 1 << 16
-_READ_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    NotImplementedError,
-    struct.error,
-)
+_READ_ERRORS = (Exception,)  # pydicom has kinds of its own for damaged values, derived from nothing else
 
 
 @dataclass(frozen=True)
@@ -115,6 +106,7 @@ def _read_instance(path: Path) -> _Instance | None:
             head = read_partial(stream, stop_when=lambda tag, vr, length: tag > _TOTAL_PIXEL_MATRIX_ROWS)  # noqa: ARG005
             if head.get("SOPClassUID") != _WHOLE_SLIDE:
                 return None
+            refuse_misnested(path, head.file_meta.TransferSyntaxUID, head.get("DimensionOrganizationType"))
             is_plain = head.file_meta.TransferSyntaxUID in _PLAIN
             is_cut = path.stat().st_size < _plain_bytes(head) if is_plain else not _ends(stream)
         return _Instance(path, str(head.SeriesInstanceUID), tuple(head.ImageType), is_cut)

@@ -89,6 +89,8 @@ def _places(start: float, stop: float, step: float) -> NDArray[np.int64]:
 def tissue_fraction(xy: NDArray[np.float64], tissue: shapely.Geometry, diameter_px: float) -> NDArray[np.float64]:
     """Give the share (n,) of each spot's disc that is tissue, 0 to 1.
 
+    Polygons of anything else (pen, blur, folds) give the share of that.
+
     Parameters
     ----------
     xy

@@ -18,7 +18,7 @@ from histrata.sheets import SlideRow
 from histrata.spots import Measured, read_measured
 from histrata.spots.grid import Arrangement, grid_on_tissue, tissue_fraction
 from histrata.tables import HIRES_PX, spots_table, write_table
-from histrata.tissue import read_tissue
+from histrata.tissue import ARTEFACTS, read_artefacts, read_tissue
 
 
 def write_spots(
@@ -35,6 +35,8 @@ def write_spots(
 
     Where the row names an `expression`, the spots are those that were measured, with raw counts in `X`. Otherwise
     they are a grid on the tissue, and `X` has no columns. A slide without tissue has no spots: that is a result.
+    `pen_fraction`, `blur_fraction` and `fold_fraction` say how much of a spot is disturbed; no spot is left out
+    for it.
 
     Parameters
     ----------
@@ -75,7 +77,8 @@ def write_spots(
         obs, xy = _grid_obs(
             grid_on_tissue(tissue, pyramid.mpp, pitch_um, diameter_um, min_tissue_fraction, arrangement)
         )
-    obs = _described(obs, xy, row, pyramid, tissue, diameter_um, min_tissue_fraction)
+    artefacts = read_artefacts(paths.tissue)
+    obs = _described(obs, xy, row, pyramid, tissue, artefacts, diameter_um, min_tissue_fraction)
     image, scale = pyramid.image(max(pyramid.mpp, pyramid.mpp * max(pyramid.size) / HIRES_PX))
     parameters = {
         "pitch_um": pitch_um,
@@ -148,6 +151,7 @@ def _described(
     row: SlideRow,
     pyramid: Pyramid,
     tissue: shapely.MultiPolygon,
+    artefacts: dict[str, shapely.MultiPolygon],
     diameter_um: float,
     min_tissue_fraction: float,
 ) -> pd.DataFrame:
@@ -162,6 +166,7 @@ def _described(
             "array_row": obs["array_row"],
             "array_col": obs["array_col"],
             "tissue_fraction": share,
+            **{f"{name.lower()}_fraction": tissue_fraction(xy, artefacts[name], diameter) for name in ARTEFACTS},
             "missing_fraction": pyramid.missing_fraction(xy, diameter),
         },
         index=obs.index,
