@@ -210,15 +210,41 @@ def test_facts_count_the_slides(page: str) -> None:
 
 def test_each_usable_slide_has_a_card(page: str) -> None:
     slides = _part(page, "slides")
-    assert [alt.split(",")[0] for alt in _alts(slides)] == [
-        f"Slide {name} with its tissue outlined in green" for name in "ABC"
-    ]
+    others = "pen in blue, blur in orange and folds in cyan"
+    assert _alts(slides) == [f"Slide {name} with its tissue outlined in green, {others}" for name in "ABC"]
     card = _words(slides.split("<article")[1])
     # 500 x 500 px at 2 um/px are 1 mm2.
     for fact in ("1000 × 500", "2.00 × 1.00 mm", "2 µm/px, from: vendor", "1.00 mm²", "16 (16 on tissue)"):
         assert fact in card
     assert "measured, 4 genes" in card
     assert "None of its spots lies on tissue." in _words(slides.split("<article")[3])
+
+
+def test_how_much_of_the_tissue_is_disturbed(results: Path) -> None:
+    path = results / "slides" / "A" / "tissue.geojson"
+    tissue = json.loads(path.read_text())
+    assert "0.0% under pen, 0.0% out of focus, 0.0% folded" in _words(_part(_page(results), "slides"))
+    # A fifth of the tissue of A is blurred, and some glass; pen lies on glass alone.
+    for name, (x0, x1) in {"Blur": (400, 700), "Pen": (600, 900), "Fold": (0, 5)}.items():
+        ring = [[x0, 0], [x1, 0], [x1, 500], [x0, 500], [x0, 0]]
+        geometry = {"type": "Polygon", "coordinates": [ring]}
+        properties = {"classification": {"name": name}}
+        tissue["features"].append({"type": "Feature", "geometry": geometry, "properties": properties})
+    path.write_text(json.dumps(tissue))
+    cards = [_words(card) for card in _part(_page(results), "slides").split("<article")[1:]]
+    assert "0.0% under pen, 20.0% out of focus, 1.0% folded" in cards[0]
+    assert "20% of its tissue is out of focus." in cards[0]
+    assert "of its tissue is under pen" not in cards[0]
+    assert "of its tissue is folded" not in cards[0]
+    assert "of its tissue is" not in cards[1]
+
+
+def test_a_slide_without_tissue_says_so(results: Path) -> None:
+    path = results / "slides" / "B" / "tissue.geojson"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"features": []}))
+    card = _words(_part(_page(results), "slides").split("<article")[2])
+    assert "No tissue was found on it." in card
+    assert "under pen" not in card
 
 
 def test_the_verdict_says_where_the_model_is_above(page: str) -> None:

@@ -21,7 +21,7 @@ from histrata.folders import SlideFolder
 from histrata.pyramid.writer import write_pyramid
 from histrata.sheets import SlideRow
 from histrata.spots.step import write_spots
-from histrata.tables import read_table
+from histrata.tables import on_spots, read_table
 from histrata.tissue import read_tissue, write_tissue
 
 MPP = 2.0
@@ -78,8 +78,8 @@ def test_measured_spots_keep_their_counts_and_places(made: Path, tmp_path: Path)
     np.testing.assert_array_equal(got.obsm["spatial_um"], got.obsm["spatial"] * MPP)
     assert set(got.obs["slide_id"]) == {"S"}
     assert set(got.obs["patient_id"]) == {"P"}
-    # In the middle of the tissue, there too, on its edge (outlines lie a little outside), on what was not scanned.
-    np.testing.assert_allclose(got.obs["tissue_fraction"], [1, 1, 0.6, 0], atol=0.15)
+    # In the middle of the tissue, there too, on its edge, on what was not scanned.
+    np.testing.assert_allclose(got.obs["tissue_fraction"], [1, 1, 0.5, 0], atol=0.06)
     assert list(got.obs["in_tissue"])[:2] == [1, 1]
     assert got.obs["in_tissue"].iloc[3] == 0
     np.testing.assert_allclose(got.obs["missing_fraction"], [0, 0, 0, 1], atol=1e-6)
@@ -108,6 +108,37 @@ def test_a_fold_of_the_threshold_moves_in_tissue(made: Path, tmp_path: Path) -> 
     loose = spots(made, tmp_path, legacy(tmp_path), min_tissue_fraction=0.1).obs
     assert list(strict["in_tissue"]) == [1, 1, 0, 0]
     assert list(loose["in_tissue"]) == [1, 1, 1, 0]
+
+
+def test_artefacts_are_flags(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "flagged"
+    folder.mkdir()
+    shutil.copytree(made / "pyramid.ome.zarr", folder / "pyramid.ome.zarr")
+    content = json.loads((made / "tissue.geojson").read_text())
+    boxes = {"Pen": (375, 0, 400, 800), "Blur": (350, 250, 700, 350), "Fold": (510, 300, 520, 310)}
+    for name, box in boxes.items():
+        properties = {"classification": {"name": name}}
+        piece = {"type": "Feature", "geometry": shapely.geometry.mapping(shapely.box(*box)), "properties": properties}
+        content["features"].append(piece)
+    (folder / "tissue.geojson").write_text(json.dumps(content))
+    plain = spots(made, tmp_path, legacy(tmp_path))
+    got = spots(folder, tmp_path, legacy(tmp_path))
+    assert list(got.obs.columns) == [
+        "slide_id", "patient_id", "in_tissue", "array_row", "array_col", "tissue_fraction",
+        "pen_fraction", "blur_fraction", "fold_fraction", "missing_fraction",
+    ]  # fmt: skip
+    # Spots of 25 px radius at (400, 300), (500, 300), (299, 400) and (32, 32).
+    np.testing.assert_allclose(got.obs["pen_fraction"], [0.5, 0, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(got.obs["blur_fraction"], [1, 1, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(got.obs["fold_fraction"], [0, 100 / (np.pi * 25**2), 0, 0], rtol=0.01)
+    for column in ("in_tissue", "tissue_fraction", "missing_fraction"):
+        np.testing.assert_array_equal(got.obs[column], plain.obs[column])
+    assert not plain.obs[["pen_fraction", "blur_fraction", "fold_fraction"]].to_numpy().any()
+    # They come along into tables of other values on these spots.
+    assert list(on_spots(got, np.zeros((4, 1)), pd.DataFrame(index=["G"]), {}).obs.columns) == list(got.obs.columns)
+    grid = spots(folder, tmp_path, row(), min_tissue_fraction=0.5)
+    assert grid.n_obs == spots(made, tmp_path, row(), min_tissue_fraction=0.5).n_obs
+    assert 0 < grid.obs["blur_fraction"].mean() < 1
 
 
 def test_an_error_leaves_nothing_behind(made: Path, tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import pytest
 import shapely
 from PIL import Image
 
-from histrata.errors import HistrataError
+from histrata.errors import HistrataError, SlideError
 from histrata.pyramid import Pyramid
 from histrata.pyramid.writer import write_pyramid
-from histrata.tissue import find_tissue, read_tissue, write_tissue
+from histrata.tissue import ARTEFACTS, find_tissue, read_artefacts, read_tissue, write_tissue
 
 OPTIONS = {"min_area_um2": 50_000.0, "max_hole_um2": 20_000.0, "smooth_um": 40.0}
 UM = 4.0
-OFF = 1.5
+OFF = 2
 """How far an outline may lie off a sharp edge, in px."""
 
 
@@ -99,6 +99,42 @@ def test_a_slide_without_glass_is_all_tissue() -> None:
     assert find_tissue(image, UM, **OPTIONS).area == pytest.approx(400 * 500, rel=0.02)
 
 
+@pytest.mark.parametrize("strength", [0.7, 0.4, 0.25])
+def test_pale_tissue_is_found(strength: float) -> None:
+    image = discs((200, 250, 150)).astype(float)
+    glass = np.array((238, 236, 240))
+    pale = np.clip(glass + strength * (image - glass), 0, 255).astype(np.uint8)
+    assert find_tissue(pale, UM, **OPTIONS).area == pytest.approx(np.pi * 150**2, rel=0.05)
+
+
+def test_what_was_not_scanned_is_no_glass() -> None:
+    image = np.full((1500, 1800, 3), 255, np.uint8)
+    image[400:900, 700:1300] = np.clip(discs((200, 250, 150)) - [30, 30, 30], 0, 255).astype(np.uint8)
+    assert find_tissue(image, UM, **OPTIONS).area == pytest.approx(np.pi * 150**2, rel=0.03)
+
+
+def test_pen_is_no_tissue_but_tissue_goes_on_under_it() -> None:
+    image = discs((250, 250, 150))
+    clean = find_tissue(image, UM, **OPTIONS)
+    y, x = np.mgrid[:500, :600]
+    pen = (np.abs(np.hypot(x - 370, y - 250) - 150) < 12).astype(np.uint8)
+    image[pen > 0] = (20, 90, 60)
+    hidden = find_tissue(image, UM, pen=pen, **OPTIONS)
+    assert hidden.intersection(clean).area / hidden.union(clean).area > 0.97
+    alone = np.clip(np.random.default_rng(0).normal(238, 1.5, image.shape), 0, 255).astype(np.uint8)
+    alone[pen > 0] = (20, 90, 60)
+    assert find_tissue(alone, UM, pen=pen, **OPTIONS).is_empty
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (1, 1), (3, 200), (1, 700)])
+def test_a_tiny_slide_is_no_error(tmp_path: Path, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(np.clip(rng.normal(160, 30, (*shape, 3)), 0, 255).astype(np.uint8)).save(tmp_path / "a.png")
+    tissue, pyramid = found(tmp_path, tmp_path / "a.png", mpp=0.5, min_area_um2=0)
+    assert tissue.area <= pyramid.size[0] * pyramid.size[1] * 1.01
+    assert (tmp_path / "tissue.png").is_file()
+
+
 def test_smoothing_may_be_left_out() -> None:
     tissue = find_tissue(discs((200, 250, 150)), UM, **(OPTIONS | {"smooth_um": 0.0}))
     assert tissue.area == pytest.approx(np.pi * 150**2, rel=0.05)
@@ -115,6 +151,19 @@ def test_a_blank_slide_has_none(data: Path, tmp_path: Path) -> None:
         assert max(picture.size) <= 1200
 
 
+def test_a_dark_background_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(SlideError, match=r"near black.*bright-field.*not on fluorescence") as error:
+        found(tmp_path, data / "slides" / "test3-DAPI-2-387.ndpi")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("tissue*"))
+
+
+def test_a_crop_without_glass_is_all_tissue(data: Path) -> None:
+    with Image.open(data / "st" / "mob_stahl2016" / "images" / "09.jpg") as picture:
+        crop = np.asarray(picture.convert("RGB").crop((500, 1000, 800, 1500)))
+    assert find_tissue(crop, 2.75, **OPTIONS).area == pytest.approx(300 * 500, rel=0.01)
+
+
 def test_the_block_on_a_leica_slide_is_found_in_level_0_px(data: Path, tmp_path: Path) -> None:
     tissue, pyramid = found(tmp_path, data / "slides" / "derived" / "leica.scn")
     # The pixels are those of aperio-jpeg.svs, whose tissue is a block at (340, 360); the scan begins at (600, 900).
@@ -122,7 +171,7 @@ def test_the_block_on_a_leica_slide_is_found_in_level_0_px(data: Path, tmp_path:
     block = shapely.transform(block, lambda p: p + np.array([600, 900]))
     assert pyramid.bounds[:2] == (600, 900)
     assert tissue.intersection(block).area / tissue.area > 0.98
-    assert 0.3 < tissue.area / block.area < 0.7, "about half of the block is glass between glands"
+    assert 0.3 < tissue.area / block.area < 0.6, "more than half of the block is glass"
     content = json.loads((tmp_path / "tissue.geojson").read_text())
     assert content["histrata"]["origin"] == [600, 900]
     for feature in content["features"]:
@@ -187,6 +236,21 @@ def test_other_annotations_are_left_out(tmp_path: Path) -> None:
     for properties in ({}, {"classification": None}, {"classification": {"name": "Pen"}}):
         content["features"].append({**content["features"][0], "properties": properties})
     path.write_text(json.dumps(content))
+    assert read_tissue(path).area == 100
+
+
+def test_each_class_is_read_on_its_own(tmp_path: Path) -> None:
+    path = geojson(tmp_path / "t.geojson", shapely.box(0, 0, 10, 10))
+    content = json.loads(path.read_text())
+    tissue = content["features"][0]
+    for k, name in enumerate(("Blur", "Pen", "Blur"), start=2):
+        piece = shapely.geometry.mapping(shapely.box(0, 0, k, 10))
+        content["features"].append({**tissue, "geometry": piece, "properties": {"classification": {"name": name}}})
+    path.write_text(json.dumps(content))
+    artefacts = read_artefacts(path)
+    assert tuple(artefacts) == ARTEFACTS == ("Pen", "Blur", "Fold")
+    assert [artefacts[name].area for name in ARTEFACTS] == [30, 40, 0]
+    assert artefacts["Pen"].bounds == (10, 20, 13, 30)
     assert read_tissue(path).area == 100
 
 

@@ -220,8 +220,8 @@ def _fill(pieces: shapely.MultiPolygon, size: tuple[int, ...]) -> np.ndarray:
 
 def _refuse_dark(path: Path, image: np.ndarray, bounds: np.ndarray) -> None:
     """Refuse a dark background: fluorescence, where a finder of stained tissue would invent tissue."""
-    x, y, width, height = np.rint(bounds).astype(int)
-    scanned = image[y : y + height, x : x + width]
+    x, y, width, height = bounds.astype(int)
+    scanned = image[y : y + height + 1, x : x + width + 1]
     dark, bright = (scanned.max(axis=2) < _DARK).mean(), (scanned.min(axis=2) > _BRIGHT).mean()
     if dark > 0.5 and bright < 0.05:
         raise SlideError(

@@ -266,7 +266,7 @@ def _find_foreign(series: Any, page: Any) -> str | None:  # noqa: PLR0911
     bits = page.tags.get("BitsPerSample")
     if kind not in _COLOURS:
         return f"colours of kind {getattr(kind, 'name', repr(kind)[:20])}"
-    if kind in (PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR) and samples < 3:
+    if (kind in (PHOTOMETRIC.RGB, PHOTOMETRIC.YCBCR)) != (samples >= 3) and kind != PHOTOMETRIC.MINISBLACK:
         return f"{kind.name} colours in {samples} sample(s)"
     if "PhotometricInterpretation" not in page.tags or (bits and bits.count not in (1, samples)):
         return "colours that it does not describe"
