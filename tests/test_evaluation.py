@@ -367,7 +367,10 @@ def predicted(run, tmp_path):
     return make
 
 
-OBS = ["slide_id", "patient_id", "in_tissue", "array_row", "array_col", "tissue_fraction", "missing_fraction"]
+OBS = [
+    *("slide_id", "patient_id", "in_tissue", "array_row", "array_col", "tissue_fraction"),
+    *("pen_fraction", "blur_fraction", "fold_fraction", "missing_fraction"),
+]
 
 
 @pytest.mark.parametrize(("slide", "fold"), [("a2", "p1"), ("c1", "p3"), ("twin", "p3")])

@@ -86,6 +86,16 @@ def test_tissue_that_runs_off_the_slide_keeps_its_edge() -> None:
     assert piece.area == pytest.approx(np.pi * 200**2 / 2, rel=0.05)
 
 
+def test_tissue_that_shows_by_its_texture_alone_keeps_its_edge_too() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.normal(238, 1.5, (400, 500, 3))
+    image[:, :300] = rng.normal(230, 8, (400, 300, 1))
+    image[:, 0:300:3] -= 60
+    (piece,) = find_tissue(np.clip(image, 0, 255).astype(np.uint8), UM, **OPTIONS).geoms
+    assert piece.area == pytest.approx(300 * 400, rel=0.03)
+    assert shapely.box(0, 0, 20, 400).difference(piece).area < 0.05 * 20 * 400
+
+
 @pytest.mark.parametrize("grey", [255, 240, 200])
 def test_glass_of_any_shade_is_no_tissue(grey: int) -> None:
     rng = np.random.default_rng(0)

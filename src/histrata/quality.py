@@ -67,7 +67,7 @@ _MIN_PEN_UM2 = 20_000.0
 _MIN_STROKE_UM = 16.0
 _INK = 30  # absorbance x 100: half of the light passes
 _HALO, _HALO_UM = 6, 60.0  # strokes have soft edges
-_FLAT_INK = 4.0  # standard deviation of grey within a stroke; tissue has 6 and more at 4 um/px
+_FLAT_INK = 4.0  # of grey; tissue in focus has 6 and more at 4 um/px, whatever its stain
 _TINTED_GLASS = 60  # spread of the channels above which colours cannot be those of the slide
 
 
@@ -206,11 +206,9 @@ def find_folds(image: np.ndarray, um_per_px: float, glass: np.ndarray, tissue: n
 
 def _keep_long(pieces: np.ndarray, min_area: float) -> None:
     """Clear the pieces that are small or round; areas in px."""
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(pieces)
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(pieces)
     depth = cv2.distanceTransform(cv2.copyMakeBorder(pieces, 1, 1, 1, 1, cv2.BORDER_CONSTANT), cv2.DIST_L2, 5)
-    for label, (x, y, width, height, area) in enumerate(stats[:count]):
-        if label == 0:
-            continue
+    for label, (x, y, width, height, area) in enumerate(stats[1:], start=1):
         here = np.s_[y : y + height, x : x + width]
         piece = labels[here] == label
         widest = 2 * depth[1:-1, 1:-1][here][piece].max()
@@ -245,8 +243,8 @@ def find_blur(slide: Pyramid, tissue: np.ndarray, scale: float, mpp: float) -> n
     Parameters
     ----------
     slide
-        The pyramid. Only blocks with tissue are read, one after the other, at the finest of its levels that is
-        not finer than half of `mpp` (at level 0 where that is coarser, with details of 1.4 px).
+        The pyramid. Only blocks with tissue are read, one after the other, at the coarsest of its levels that is
+        not coarser than `mpp`; at level 0 where there is none, and above 1 um/px with details of 1.4 px.
     tissue
         uint8 (height, width), 1 on tissue that may be judged: not under a pen.
     scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,14 +116,16 @@ def _polygons(mask: np.ndarray, min_area: float, max_hole: float) -> shapely.Mul
     big = cv2.resize(mask, None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
     contours, tree = cv2.findContours(big, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     rings = [(c.reshape(-1, 2) + 0.5) / 2 for c in contours]
+    parents = tree[0][:, 3] if rings else []
+    holes: dict[int, list[np.ndarray]] = defaultdict(list)
+    for ring, parent in zip(rings, parents, strict=True):
+        if parent >= 0 and len(ring) >= 4 and shapely.Polygon(ring).area > max_hole:
+            holes[parent].append(ring)
     found = []
-    for i, ring in enumerate(rings):
-        if tree[0][i][3] >= 0 or len(ring) < 4:
-            continue
-        holes = [r for j, r in enumerate(rings) if tree[0][j][3] == i and len(r) >= 4]
-        holes = [r for r in holes if shapely.Polygon(r).area > max_hole]
-        polygon = shapely.make_valid(shapely.Polygon(ring, holes).simplify(0.5))
-        found += [p for p in shapely.get_parts(polygon) if p.geom_type == "Polygon" and p.area >= min_area]
+    for i, (ring, parent) in enumerate(zip(rings, parents, strict=True)):
+        if parent < 0 and len(ring) >= 4:
+            polygon = shapely.make_valid(shapely.Polygon(ring, holes[i]).simplify(0.5))
+            found += [p for p in shapely.get_parts(polygon) if p.geom_type == "Polygon" and p.area >= min_area]
     return shapely.MultiPolygon(found)
 
 

@@ -198,7 +198,7 @@ class _Level:
         self.tile = np.asarray(array.chunks[:0:-1])
         self.side = int(array.shards[1]) // int(array.chunks[1])
         self._decode = _decoder(array)
-        self._indices: dict[tuple[int, int], np.ndarray | None] = {}
+        self._shards: dict[tuple[int, int], tuple[str, np.ndarray | None]] = {}
 
     def resample(self, start: tuple[float, float], step: float, out: np.ndarray) -> None:
         """Fill uint8 (3, height, width): `step` level px for each px, from the corner `start` (x, y)."""
@@ -228,18 +228,21 @@ class _Level:
     def _tile(self, ty: int, tx: int) -> np.ndarray | None:
         """Read and decode one tile; None where the store leaves it out (white, or missing)."""
         n = self.side
-        shard = (ty // n, tx // n)
-        file = shard_path(self.folder, *shard)
-        if shard not in self._indices:
-            self._indices[shard] = read_index(file, n)
-        index = self._indices[shard]
+        place = (ty // n, tx // n)
+        if place not in self._shards:
+            path = shard_path(self.folder, *place)
+            self._shards[place] = (str(path), read_index(path, n))
+        file, index = self._shards[place]
         if index is None:
             return None
-        offset, length = (int(v) for v in index[ty % n, tx % n])
+        offset, length = index[ty % n, tx % n].tolist()
         if offset == ABSENT:
             return None
-        with file.open("rb") as stream:
-            encoded = os.pread(stream.fileno(), length, offset)
+        descriptor = os.open(file, os.O_RDONLY)  # a stream with its buffer costs several times as much
+        try:
+            encoded = os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
         try:
             return self._decode(encoded)
         except (RuntimeError, ValueError) as error:  # every error of imagecodecs is a RuntimeError
