@@ -3,7 +3,8 @@
 Every table of spots (`spots.h5ad`, `embedding.h5ad`, `expression.h5ad`) has
 
 - `obs`: `slide_id`, `patient_id`, `in_tissue` (0 or 1), `array_row`, `array_col`, `tissue_fraction`,
-  `pen_fraction`, `blur_fraction`, `fold_fraction`, `missing_fraction`; indexed by `<slide_id>:<barcode>`, unique over a cohort;
+  `pen_fraction`, `blur_fraction`, `fold_fraction`, `missing_fraction`; indexed by `<slide_id>:<barcode>`,
+  unique over a cohort;
 - `obsm["spatial"]`: spot centres (x, y) in level-0 px, float64; `obsm["spatial_um"]`: the same in um;
 - `uns["spatial"][slide_id]`: `images` (`hires`, `lowres`) and `scalefactors`, as Space Ranger has them;
 - `uns["histrata"]`: `provenance` (JSON text), `slide_id`, `patient_id`, `stain`, `mpp` (um/px of level 0) and
