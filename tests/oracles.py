@@ -109,8 +109,7 @@ def _decoders(sound: Path) -> tuple[Callable[[Path], Oracle], ...]:
     found = []
     with open_slide(sound, mpp=1) as slide:
         rgb, missing = slide.read_region(0, 0, *slide.size)
-        # What a damaged LZW code stands for is not defined, and decoders differ.
-        for make in (_tifffile,) if "lzw" in f"{sound}" else (OpenSlideOracle, _pillow, _tifffile):
+        for make in (OpenSlideOracle, _pillow, _tifffile):
             oracle = _open(make, sound, slide.size)
             rgba = oracle.region((0, 0), slide.size, oracle.sizes.index(slide.size)) if oracle else None
             if rgba is not None and not [*_differ(rgb, ~missing, rgba)]:

@@ -208,7 +208,11 @@ class TiffReader:
         if page.keyframe.compression == COMPRESSION.JPEG and page.keyframe.samplesperpixel in (1, 3):
             return _decode_jpeg(page, data)
         tables = {} if page.jpegtables is None else {"jpegtables": page.jpegtables}
-        pixels: NDArray[np.uint8] = page.keyframe.decode(data, index, **tables)[0][0]
+        decode = page.keyframe.decode
+        pixels: NDArray[np.uint8] = decode(data, index, **tables)[0][0]
+        # A stream that ends within its last code is decoded as if zeros followed; a whole one ends with a mark.
+        if page.keyframe.compression == COMPRESSION.LZW and (pixels != decode(data + b"\xff\xff", index)[0][0]).any():
+            raise ValueError("the stream of the tile or strip is cut")
         return pixels
 
     def jpeg_tiles(self, level: int) -> list[JpegTiles]:
