@@ -107,7 +107,7 @@ def _copy_shard(layout: Layout, base: int, row: int, column: int, *, halved: boo
     for r, c in product(range(rows), range(columns)):
         tile = _copy_tile(level, tiles, left + c, top + r, halved=halved)
         if tile is None and base:
-            tile = _make_tile(layout, base, left + c, top + r)
+            tile = _make_tile(layout, base, left + c, top + r, tiles.extent(left + c, top + r))
         if tile is None:
             lost[r, c] = True
             half[r * height : (r + 1) * height, c * width : (c + 1) * width] = 255
@@ -138,7 +138,7 @@ def _copy_tile(
             return None
         if isinstance(level.encoding, Zstd):
             pixels = _cut(jpeg.decode(stream), extent)
-            return _encoded(level, pixels).get((0, 0)), halve(pixels)
+            return _encoded(level, pixels).get((0, 0)), halve(pixels) if halved else pixels
         small = _shrunk(stream, extent, halved=halved)
         return (None if _is_white(stream, small, extent) else stream), small
     except ValueError:
@@ -168,12 +168,13 @@ def _is_white(stream: bytes, small: np.ndarray, extent: tuple[int, int]) -> bool
     return bool(_cut(jpeg.decode(stream), extent).min() == 255)
 
 
-def _make_tile(layout: Layout, base: int, column: int, row: int) -> tuple[bytes | None, np.ndarray]:
+def _make_tile(
+    layout: Layout, base: int, column: int, row: int, extent: tuple[int, int]
+) -> tuple[bytes | None, np.ndarray]:
     """Make a tile that the slide's own coarse level lacks, from the level before; as `_copy_tile`."""
     level = layout.levels[base]
     pixels = halve(_stored(layout, base - 1, 2 * level.tile[0], 2 * level.tile[1], row, column))
-    width, height = (min(t, s - i * t) for t, s, i in zip(level.tile, level.size, (column, row), strict=True))
-    pixels = _cut(pixels, (width, height))
+    pixels = _cut(pixels, extent)
     return _encoded(level, pixels).get((0, 0)), halve(pixels)
 
 

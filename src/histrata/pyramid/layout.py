@@ -12,7 +12,7 @@ import cv2
 import imagecodecs
 import numpy as np
 import zarr
-from zarr.codecs import TransposeCodec, ZstdCodec
+from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 
 from histrata.pyramid.codec import JpegCodec
 from histrata.pyramid.shards import shard_path
@@ -34,7 +34,7 @@ class Zstd:
 
     def codecs(self) -> dict[str, Any]:
         """Return how zarr encodes a chunk; pixels are interleaved first, as decoders give them."""
-        return {"filters": [TransposeCodec(order=(1, 2, 0))], "compressors": [ZstdCodec(level=1)]}
+        return {"filters": [TransposeCodec(order=(1, 2, 0))], "compressors": [ZstdCodec(level=1), Crc32cCodec()]}
 
     def encode(self, rgb: np.ndarray) -> bytes:
         """Encode a tile, uint8 (height, width, 3)."""
@@ -53,7 +53,7 @@ class Jpeg:
         """Return how zarr encodes a chunk; pixels are interleaved first, as decoders give them."""
         factors = SUBSAMPLINGS[self.subsampling if self.colour == "ycbcr" else "444"]
         jpeg = JpegCodec(quality=self.quality, encoded_color_space=self.colour, subsampling=factors)
-        return {"filters": [TransposeCodec(order=(1, 2, 0))], "serializer": jpeg, "compressors": None}
+        return {"filters": [TransposeCodec(order=(1, 2, 0))], "serializer": jpeg, "compressors": [Crc32cCodec()]}
 
     def encode(self, rgb: np.ndarray) -> bytes:
         """Encode a tile, uint8 (height, width, 3); as YCbCr, which the stream says of itself."""
@@ -191,6 +191,7 @@ def create_arrays(layout: Layout) -> None:
         shape=tuple(-(-side // CELL) for side in finest.size[::-1]),
         chunks=tuple(side // CELL for side in finest.shard[::-1]),
         dtype="uint8",
+        compressors=[ZstdCodec(level=1), Crc32cCodec()],
         fill_value=0,
         dimension_names=("y", "x"),
     )

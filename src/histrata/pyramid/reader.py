@@ -24,7 +24,7 @@ import zarr.errors
 
 from histrata.errors import HistrataError
 from histrata.pyramid.resample import band, resample
-from histrata.pyramid.shards import ABSENT, read_index, shard_path
+from histrata.pyramid.shards import ABSENT, read_index, shard_path, without_checksum
 from histrata.slides import jpeg
 
 _TOLERANCE = 1.01  # a level up to 1 % coarser than asked for counts as fitting
@@ -290,12 +290,28 @@ def _cores() -> int:
 def _decoder(array: Any) -> Callable[[bytes], np.ndarray]:
     """Return what turns the bytes of a tile into uint8 (height, width, 3), from the array's metadata."""
     names = [codec.to_dict()["name"] for codec in array.metadata.codecs[0].codecs]
-    if names == ["transpose", "jpeg"]:
-        return jpeg.decode
-    if names == ["transpose", "bytes", "zstd"]:
-        shape = (*array.chunks[1:], 3)
-        return lambda encoded: np.frombuffer(imagecodecs.zstd_decode(encoded), np.uint8).reshape(shape)
-    raise HistrataError(f"{array.path}: codecs {names} are not those of a Histrata pyramid; write it again")
+    shape = (*array.chunks[1:], 3)
+    # Stores that were written first hold no checksums.
+    content: Callable[[bytes], bytes] = without_checksum if names[-1] == "crc32c" else bytes
+    decode: Callable[[bytes], np.ndarray]
+    if names in (["transpose", "jpeg"], ["transpose", "jpeg", "crc32c"]):
+        decode = jpeg.decode
+    elif names in (["transpose", "bytes", "zstd"], ["transpose", "bytes", "zstd", "crc32c"]):
+        decode = partial(_unpack, shape=shape)
+    else:
+        raise HistrataError(f"{array.path}: codecs {names} are not those of a Histrata pyramid; write it again")
+
+    def tile(stored: bytes) -> np.ndarray:
+        pixels = decode(content(stored))
+        if pixels.shape != shape:
+            raise ValueError(f"its shape is {pixels.shape}, not {shape}")
+        return pixels
+
+    return tile
+
+
+def _unpack(encoded: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    return np.frombuffer(imagecodecs.zstd_decode(encoded), np.uint8).reshape(shape)
 
 
 class _TileCache:

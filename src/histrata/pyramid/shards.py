@@ -19,6 +19,25 @@ ABSENT = 2**64 - 1
 """Offset and length of a tile that a shard does not hold."""
 
 
+def with_checksum(encoded: bytes) -> bytes:
+    """Return bytes with their CRC-32C behind them."""
+    return encoded + google_crc32c.value(encoded).to_bytes(4, "little")
+
+
+def without_checksum(stored: bytes) -> bytes:
+    """Return what stands before the CRC-32C.
+
+    Raises
+    ------
+    ValueError
+        Where it is not the checksum of that.
+    """
+    encoded, told = stored[:-4], stored[-4:]
+    if google_crc32c.value(encoded).to_bytes(4, "little") != told:
+        raise ValueError("its checksum is another")
+    return encoded
+
+
 def shard_path(array: Path, row: int, column: int) -> Path:
     """Return the file of a shard of an array with the axes c, y, x."""
     return array / "c" / "0" / str(row) / str(column)
@@ -40,13 +59,14 @@ def write_shard(path: Path, tiles: Mapping[tuple[int, int], bytes], side: int) -
         return
     index = np.full((side, side, 2), ABSENT, dtype="<u8")
     at = 0
-    for place, encoded in tiles.items():
+    checked = [with_checksum(encoded) for encoded in tiles.values()]
+    for place, encoded in zip(tiles, checked, strict=True):
         index[place] = at, len(encoded)
         at += len(encoded)
     entries = index.tobytes()
     # No folder above: a store that was given up and removed must not come back.
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"".join([*tiles.values(), entries, google_crc32c.value(entries).to_bytes(4, "little")]))
+    path.write_bytes(b"".join([*checked, entries, google_crc32c.value(entries).to_bytes(4, "little")]))
 
 
 def read_index(path: Path, side: int) -> np.ndarray | None:

@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from histrata.errors import HistrataError, SlideError
-from histrata.slides.mirax import find_cut
 from histrata.slides.mpp import choose_mpp, list_candidates
 from histrata.slides.reader import Mask, Reader, Rgb
 from histrata.slides.slide import open_reader
-from histrata.slides.tiff_reader import truncated
 
 if TYPE_CHECKING:
     from histrata.sheets import SlideRow
@@ -96,7 +94,6 @@ def _examine(row: SlideRow, reader: Reader, preflight: Preflight | None, verdict
         "magnification": reader.magnification,
         "bytes": _bytes(row.path),
     }
-    _refuse_truncated(row.path, reader.vendor)
     warnings = [*_misnamed(row.path, reader), *_prove_levels(row.path, reader)]
     _refuse_dark(row.path, reader)
     measured, spacing = preflight(row, size) if preflight else ([], None)
@@ -117,13 +114,6 @@ def _bytes(path: Path) -> int:
     folder = path if path.is_dir() else path.with_suffix("")
     inside = folder.rglob("*") if folder.is_dir() and (path.is_dir() or path.suffix == ".mrxs") else ()
     return sum(p.stat().st_size for p in {path, *inside} if p.is_file())
-
-
-def _refuse_truncated(path: Path, vendor: str) -> None:
-    """Refuse a MIRAX slide of which a file ends before its pixels; OpenSlide opens it."""
-    cut = find_cut(path) if vendor == "mirax" else None
-    if cut:
-        raise truncated(path, cut)
 
 
 def _misnamed(path: Path, reader: Reader) -> list[str]:

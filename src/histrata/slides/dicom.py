@@ -13,12 +13,13 @@ import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from histrata.errors import SlideError
 from histrata.slides.dicom_structure import refuse_misnested
+from histrata.slides.reader import Level
 from histrata.slides.tiles import JpegTiles
 
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
@@ -127,48 +128,67 @@ def _plain_bytes(head: Any) -> int:
     return int(samples) * int(head.get("NumberOfFrames", 1))
 
 
-def tiles_of_dicom(folder: Path, width: int, height: int) -> list[JpegTiles]:
-    """Return what may be the tiles of a DICOM slide's level, from the one instance of its size in a folder.
+def tiles_of_dicom(folder: Path, levels: tuple[Level, ...]) -> list[list[JpegTiles]]:
+    """Return for each level of a DICOM slide what may be its tiles, from the one instance of its size in a folder.
 
     Parameters
     ----------
     folder
         The folder of the slide's instances.
-    width, height
-        Size of the level in px.
+    levels
+        The levels as OpenSlide gives them.
     """
-    import pydicom  # see `_read_instance`
+    images = [image for path in sorted(folder.iterdir()) if path.is_file() and (image := _read_image(path))]
 
-    found = []
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        try:
-            head = pydicom.dcmread(path, stop_before_pixels=True, force=False)
-            size = (head.get("TotalPixelMatrixColumns"), head.get("TotalPixelMatrixRows"))
-            if size == (width, height) and "VOLUME" in head.get("ImageType", ()):
-                found.append((path, head))
-        except (pydicom.errors.InvalidDicomError, *_READ_ERRORS):
-            continue
+    def of_level(level: Level) -> list[JpegTiles]:
+        same = [image for image in images if image.size == (level.width, level.height)]
+        tiles = _tiles_of_image(same[0]) if len(same) == 1 else None
+        return [tiles] if tiles else []
+
+    return [of_level(level) for level in levels]
+
+
+class _Image(NamedTuple):
+    """An image of a slide at one scale: all elements before its pixel data, and where these begin in the file."""
+
+    path: Path
+    head: Any
+    pixels: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.head.TotalPixelMatrixColumns, self.head.TotalPixelMatrixRows
+
+
+def _read_image(path: Path) -> _Image | None:
+    """Read a file; nothing for what is no image of a slide, or one beside it (label, overview)."""
+    from pydicom import dcmread  # see `_read_instance`
+
     try:
-        tiles = _tiles_of_instance(*found[0]) if len(found) == 1 else None
+        with path.open("rb") as stream:
+            image = _Image(path, dcmread(stream, stop_before_pixels=True), stream.tell())
+        return image if "VOLUME" in image.head.ImageType and all(image.size) else None
     except _READ_ERRORS:
-        return []
-    return [tiles] if tiles else []
+        return None
 
 
-def _tiles_of_instance(path: Path, head: Any) -> JpegTiles | None:
-    if head.file_meta.TransferSyntaxUID != _JPEG_BASELINE or head.get("SamplesPerPixel") != 3:
+def _tiles_of_image(image: _Image) -> JpegTiles | None:
+    try:
+        head, size = image.head, image.size
+        if head.file_meta.TransferSyntaxUID != _JPEG_BASELINE or head.get("SamplesPerPixel") != 3:
+            return None
+        tile = (head.Columns, head.Rows)
+        columns, rows = (-(-s // t) for s, t in zip(size, tile, strict=True))
+        places, frames = _places(head, tile, columns, rows), _frames(image)
+        if places is None or frames is None or len(frames) != len(places):
+            return None
+        offsets, counts = np.zeros((2, rows, columns), np.int64)
+        for (row, column), (offset, count) in zip(places, frames, strict=True):
+            offsets[row, column], counts[row, column] = offset, count
+        colour = "rgb" if head.PhotometricInterpretation == "RGB" else "ycbcr"
+    except _READ_ERRORS:
         return None
-    tile, size = (head.Columns, head.Rows), (head.TotalPixelMatrixColumns, head.TotalPixelMatrixRows)
-    columns, rows = (-(-s // t) for s, t in zip(size, tile, strict=True))
-    places = _places(head, tile, columns, rows)
-    frames = _frames(path, head)
-    if places is None or frames is None or len(frames) != len(places):
-        return None
-    offsets, counts = np.zeros((2, rows, columns), np.int64)
-    for (row, column), (offset, count) in zip(places, frames, strict=True):
-        offsets[row, column], counts[row, column] = offset, count
-    colour = "rgb" if head.PhotometricInterpretation == "RGB" else "ycbcr"
-    return JpegTiles(path, (0, 0), size, tile, offsets, counts, None, colour)
+    return JpegTiles(image.path, (0, 0), size, tile, offsets, counts, None, colour)
 
 
 def _places(head: Any, tile: tuple[int, int], columns: int, rows: int) -> list[tuple[int, int]] | None:
@@ -186,17 +206,15 @@ def _places(head: Any, tile: tuple[int, int], columns: int, rows: int) -> list[t
     return places if len(set(places)) == len(places) else None
 
 
-def _frames(path: Path, head: Any) -> list[tuple[int, int]] | None:
+def _frames(image: _Image) -> list[tuple[int, int]] | None:
     """Return offset and bytes of each frame; nothing where a frame lies in several pieces."""
-    from pydicom import dcmread
     from pydicom.encaps import parse_basic_offsets, parse_fragments
 
-    with path.open("rb") as stream:
-        dcmread(stream, stop_before_pixels=True)
-        stream.seek(12, os.SEEK_CUR)  # tag, OB, two reserved bytes and the undefined length of the pixel data
+    with image.path.open("rb") as stream:
+        stream.seek(image.pixels + 12)  # tag, OB, two reserved bytes and the undefined length of the pixel data
         parse_basic_offsets(stream)
         pieces, starts = parse_fragments(stream)
-        if pieces != int(head.get("NumberOfFrames", 1)):
+        if pieces != int(image.head.get("NumberOfFrames", 1)):
             return None
         frames = []
         for start in starts:

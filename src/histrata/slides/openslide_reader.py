@@ -16,9 +16,10 @@ from openslide import OpenSlideError
 
 from histrata.errors import SlideError, quoted
 from histrata.slides.dicom import tiles_of_dicom
+from histrata.slides.mirax import find_cut
 from histrata.slides.mpp import Evidence, number, positive_pair, resolution_mpp
 from histrata.slides.reader import Level, Mask, Rgb, blank, flatten, paste, refuse_distorted
-from histrata.slides.tiff_reader import refuse_unsound
+from histrata.slides.tiff_reader import refuse_unsound, truncated
 from histrata.slides.tiles import STRUCTURE_ERRORS, JpegTiles, is_tiff, tiles_of_slide
 
 _UNITS = {"inch": "inch", "centimeter": "cm"}
@@ -73,7 +74,7 @@ class OpenSlideReader:
             raise SlideError(msg) from error
 
     def _refuse_lost_files(self) -> None:
-        """Refuse a MIRAX slide without one of its data files; OpenSlide opens it."""
+        """Refuse a MIRAX slide that lacks a data file, or the end of one; OpenSlide opens it."""
         properties = self._handle.properties
         count = int(properties.get("mirax.DATAFILE.FILE_COUNT", 0))
         names = [properties[f"mirax.DATAFILE.FILE_{i}"] for i in range(count)]
@@ -82,6 +83,10 @@ class OpenSlideReader:
         if lost:
             self._handle.close()
             raise SlideError(f"{self._path} lacks {', '.join(lost)}: copy its folder {folder} again, whole.")
+        cut = find_cut(self._path) if self.vendor == "mirax" else None
+        if cut:
+            self._handle.close()
+            raise truncated(self._path, cut)
 
     def _bounds(self) -> tuple[int, int, int, int]:
         names = [f"openslide.bounds-{name}" for name in ("x", "y", "width", "height")]
@@ -145,8 +150,6 @@ class OpenSlideReader:
 
     def jpeg_tiles(self, level: int) -> list[JpegTiles]:
         """Return what may be the level's compressed tiles, not compared with its pixels yet."""
-        if self.vendor == "dicom":
-            return tiles_of_dicom(self._path.parent, self.levels[level].width, self.levels[level].height)
         tiles = self._jpeg_tiles
         if self.vendor == "aperio" and any((t.counts == 0).any() for finer in tiles[:level] for t in finer):
             return []  # Shown from the finer level instead, where that lacks some, be they in the file or not.
@@ -154,13 +157,15 @@ class OpenSlideReader:
 
     @cached_property
     def _jpeg_tiles(self) -> list[list[JpegTiles]]:
-        """What may be the tiles of each level of a TIFF; read once, since the tables of a large slide are large."""
+        """What may be the tiles of each level; read once, since the tables of a large slide are large."""
         try:
-            return (
-                tiles_of_slide(self._path, self.levels, self.bounds) if is_tiff(self._path) else [[]] * len(self.levels)
-            )
+            if self.vendor == "dicom":
+                return tiles_of_dicom(self._path.parent, self.levels)
+            if is_tiff(self._path):
+                return tiles_of_slide(self._path, self.levels, self.bounds)
         except STRUCTURE_ERRORS:
-            return [[]] * len(self.levels)
+            pass
+        return [[] for _ in self.levels]
 
     def close(self) -> None:
         """Close the file; no read may be under way."""

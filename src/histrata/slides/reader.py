@@ -21,6 +21,9 @@ Mask = NDArray[np.bool_]
 MAX_DECODED_PIXELS = 2**30
 """Pixels that are decoded in one piece at most (a plain image, or a strip of a TIFF)."""
 
+MAX_SIDE = 2**20
+"""Px of a side that a slide can have: 26 cm at 0.25 um/px."""
+
 WHITE = 255
 
 
@@ -72,6 +75,9 @@ def make_levels(sizes: list[tuple[int, int]]) -> tuple[Level, ...]:
 def refuse_distorted(path: Path, levels: tuple[Level, ...]) -> None:
     """Refuse levels that are not the same picture made smaller: one of their sizes is wrong."""
     full = levels[0]
+    if max(full.width, full.height) > MAX_SIDE:
+        told = f"{full.width} x {full.height} px, which no glass slide has"
+        raise SlideError(f"{path} is by its own word of {told}: copy or export it again.")
     for k, level in enumerate(levels):
         # One px of the shorter side, by rounding, is several of the longer one.
         expected = level.height * full.width / full.height
