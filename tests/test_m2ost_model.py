@@ -136,18 +136,29 @@ def oracle(model, views):
         joined = [softmax(a @ b.T / np.sqrt(c.dim_head), axis=-1) @ d for a, b, d in zip(*parts, strict=True)]
         return np.concatenate(joined, axis=-1)
 
+    def brought_to_unit(view):
+        mean, std = view.mean((1, 2), keepdims=True), np.sqrt(view.var((1, 2), keepdims=True) + 1e-5)
+        return (view - mean) / std
+
     def embed(view, j):
         crop, patch, name = c.size // 2**j, c.patch_size // 2**j, f"dpe.embeddings.{j}"
         corner = (c.size - crop) // 2
         starts = range(corner, corner + crop, patch)
         cut = [view[:, y : y + patch, x : x + patch].transpose(1, 2, 0).ravel() for y in starts for x in starts]
-        pixels = norm(np.stack(cut), f"{name}.0") if c.patch_norm else (np.stack(cut) - 0.5) * 4
+        spread = np.stack(cut) if c.window_norm else (np.stack(cut) - 0.5) * 4
+        pixels = norm(np.stack(cut), f"{name}.0") if c.patch_norm else spread
         hidden = gelu(linear(pixels, f"{name}.1"))
         return norm(linear(hidden, f"{name}.3"), f"{name}.4")
 
     levels = []
-    for k, view in enumerate(views):
-        tokens = [embed(view.double().numpy(), j) for j in range(min(k, 2), -1, -1)]
+    for k, given in enumerate(views):
+        view = given.double().numpy()
+        if c.tokens == "encoder":
+            name = "dpe.embedding"
+            tokens = [norm(linear(norm(view, f"{name}.0"), f"{name}.1"), f"{name}.2")]
+        else:
+            shown = brought_to_unit(view) if c.window_norm else view
+            tokens = [embed(shown, j) for j in range(min(k, 2), -1, -1)]
         levels.append(np.concatenate([w["dpe.class_token"][0], *tokens]) + w[f"dpe.positions.{k}"][0])
     for i in range(c.depth):
         itmm, feed, last = (f"layers.{i}.{part}" for part in (0, 1, 3 if c.n_levels > 1 else 2))
@@ -164,13 +175,17 @@ def oracle(model, views):
             ]
             for k, x in enumerate(levels):
                 seen = [attention(qkv[k][0], *qkv[o][1:], c.cross_heads) for o in range(c.n_levels) if o != k]
+                if c.cross_weights:
+                    seen = [np.sum(w[f"{cross}.weights"][k][:, None, None] * seen, axis=0)]
                 mixed = linear(np.concatenate(seen, axis=-1), f"{cross}.to_out.{k}")
                 levels[k] = x + mixed if c.cross_residual else mixed
         means = np.concatenate([x.mean(0) for x in levels])
         hidden = gelu(linear(norm(means, f"{last}.net.0"), f"{last}.net.1"))
         scores = np.split(expit(linear(hidden, f"{last}.net.4")), c.n_levels)
         levels = [x * (1 + score) for x, score in zip(levels, scores, strict=True)]
-    return linear(np.concatenate([norm(x[0], "norm") for x in levels]), "head")
+    taken = [x.mean(0) if c.head == "mean" else x[0] for x in levels]
+    genes = linear(np.concatenate([norm(x, "norm") for x in taken]), "head")
+    return genes if c.n_outputs == 1 else genes.reshape(c.n_outputs, -1)
 
 
 @pytest.mark.parametrize("n_levels", [1, 2, 3, 4, 5])
@@ -183,6 +198,34 @@ def test_any_number_of_levels_agrees_with_the_oracle(name, n_levels):
     expected = np.stack([oracle(model, [view[spot] for view in views]) for spot in range(2)])
     np.testing.assert_allclose(predicted, expected, atol=1e-5)
     assert model.config.fields_of_view == (1, 2, 4, 8, 16)[:n_levels]
+
+
+@pytest.mark.parametrize("n_levels", [1, 3])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"cross_weights": True, "cross_residual": False},
+        {"cross_weights": True},
+        {"head": "mean"},
+        {"window_norm": True},
+        {"n_outputs": 2},
+        {"tokens": "encoder", "token_count": 5, "token_dim": 7},
+        {"mask_ratio": 0.5, "drop_path": 0.5},
+    ],
+)
+def test_every_option_agrees_with_the_oracle(option, n_levels):
+    model = tiny(n_levels=n_levels, **option).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".weights"):
+                parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape) - 1.5)
+    views = views_for(model.config)
+    if "token_dim" in option:
+        views = [view.flatten()[:70].reshape(2, 5, 7) for view in views]
+    with torch.inference_mode():
+        predicted = model(views).numpy()
+    expected = np.stack([oracle(model, [view[spot] for view in views]) for spot in range(2)])
+    np.testing.assert_allclose(predicted, expected, atol=1e-5)
 
 
 # Every registered model
@@ -235,8 +278,9 @@ def test_every_configuration_survives_json(name):
     assert create_model(name, **restored).config == config
 
 
-def test_dropout_acts_in_training_only():
-    model = tiny(dropout=0.5)
+@pytest.mark.parametrize("option", ["dropout", "drop_path", "mask_ratio"])
+def test_what_is_left_out_at_random_is_left_out_in_training_only(option):
+    model = tiny(**({"dropout": 0.0} | {option: 0.5}))
     views = views_for(model.config)
     with torch.random.fork_rng(devices=[]):
         assert not torch.equal(model(views), model(views))
@@ -285,6 +329,8 @@ def test_the_wrong_views_are_refused():
         ({"depth": True}, "depth is True, where a value of type int"),
         ({"dropout": 1}, "dropout is 1, where a share below 1"),
         ({"dropout": -0.1}, "dropout is -0.1, where 0 or more"),
+        ({"mask_ratio": 1}, "mask_ratio is 1, where a share below 1"),
+        ({"head": "max"}, "head is 'max', where one of class, mean is expected"),
         ({"position_std": float("nan")}, "position_std is nan, where 0 or more"),
         ({"n_gene": 5}, "M2OSTConfig has no key 'n_gene'; close to it: n_genes"),
     ],

@@ -13,12 +13,13 @@ Images", AAAI 2025, arXiv 2409.15092. The names below are the paper's:
 - The head: the class tokens of all levels, side by side, through one linear layer to the genes.
 
 **What a model is given.** A list of (n, 3, size, size) tensors, RGB in 0..1, finest level first, all centred
-on the spot. Level k shows a field of view 2**k times as wide as level 0 with the same number of pixels: its
-um/px is 2**k times that of level 0 (`M2OSTConfig.fields_of_view`). The model cannot see whether this holds;
-the caller reads the windows at those um/px, and turns and flips all levels of a spot alike.
+on the spot. As published, level k shows a field of view 2**k times as wide as level 0 with the same number of
+pixels (`M2OSTConfig.fields_of_view`), and its innermost crop is what level 0 shows; other um/px are possible, and
+the crops are then merely centres. The model cannot see which they are; the caller reads the windows at the um/px
+of its choice, and turns and flips all levels of a spot alike. With ``tokens="encoder"`` each level is
+(n, token_count, token_dim) instead: what a frozen encoder made of the window, in place of the DPE.
 
-**What differs from the published code**, which is followed otherwise (also where it differs from the paper,
-which has random masks in the ITMM and learned scalar weights in the CTMM):
+**What differs from the published code**, which is followed otherwise:
 
 - The innermost crop of level 2 is a centred quarter of the window. The published code takes 84 of 224 px,
   off the centre, and stops with a shape error.
@@ -28,11 +29,17 @@ which has random masks in the ITMM and learned scalar weights in the CTMM):
   `scaled_dot_product_attention`: the same numbers in less time and memory. Dropout is applied to the
   outputs of attention, not to its weights, which would leave the fused kernels.
 - The normalisation that the ITMM creates and never uses is left out, so every parameter gets a gradient.
-- Options that the published code lacks and that are the field's habit, off in `m2ost_reference` and on in the
-  other variants: pixels that keep their brightness and contrast (`patch_norm`: published, every patch is
-  brought to mean 0 and variance 1, so that a dark patch and a pale one look alike), normalisation before the
-  ITMM (`pre_norm`), a residual around the CTMM, without which each layer forgets a level's own tokens
-  (`cross_residual`), position embeddings that start small beside the tokens (`position_std`), and `dropout`.
+- Nothing is computed that no output depends on: in the last layer only the class tokens and the mean of all
+  tokens go through the CTMM's projection and the CCMM.
+- Options that the published code lacks, all off in `m2ost_reference`; docs/m2ost.md has what each gives on real
+  data, and the other variants have those on that earned it. From the paper, which the code does not follow:
+  learned scalar weights in the CTMM (`cross_weights`) and random masks in the ITMM (`mask_ratio`). The field's
+  habits: pixels that keep their brightness and contrast (`patch_norm`: published, every patch is brought to mean
+  0 and variance 1, so that a dark patch and a pale one look alike) or windows of which each channel is
+  brought to mean 0 and variance 1 (`window_norm`), normalisation before the ITMM (`pre_norm`), a residual around
+  the CTMM, without which each layer forgets a level's own tokens (`cross_residual`), position embeddings that
+  start small beside the tokens (`position_std`), `dropout`, stochastic depth (`drop_path`), and a head that
+  takes the mean of the tokens instead of the class token (`head`).
 
 Published weights are read by `load_published_weights` and `from_published`.
 """
@@ -60,6 +67,7 @@ from histrata.registry import make_config, register_model
 MAX_GRANULARITIES = 3
 # The published code gives its CTMM three heads whatever it is configured with.
 PUBLISHED_CROSS_HEADS = 3
+_CHOICES = {"tokens": ("patches", "encoder"), "head": ("class", "mean")}
 
 
 @dataclass(frozen=True)
@@ -71,9 +79,15 @@ class M2OSTConfig:
     Parameters
     ----------
     n_genes
-        Number of predicted values of a spot.
+        Number of predicted genes of a spot.
+    n_outputs
+        Values for each gene: 1, or the 2 parameters of a distribution.
     n_levels
-        Number of views of a spot, each with twice the um/px of the one before.
+        Number of views of a spot, finest first.
+    tokens
+        "patches" of the windows' pixels, or those of a frozen "encoder".
+    token_count, token_dim
+        Tokens of a level and their channels, where an encoder made them; without meaning for patches.
     size
         Height and width of every view in pixels.
     patch_size
@@ -91,14 +105,25 @@ class M2OSTConfig:
         `mlp_dim` // 3).
     dropout
         Share of the values dropped in training after attention and in the feed-forward networks.
+    drop_path
+        Share of the spots for which a branch (ITMM, feed-forward, CTMM with a residual) is left out in training.
+    mask_ratio
+        Share of the tokens that the others do not see in the ITMM in training, drawn for each batch and layer.
     patch_norm
         Whether each patch is normalised by its own mean and variance (True, published) or all pixels alike.
+    window_norm
+        Whether each channel of a window is brought to mean 0 and variance 1.
     pre_norm
         Whether tokens are normalised before the ITMM.
     cross_residual
         Whether the CTMM adds to the tokens (True) or replaces them (False, as published).
+    cross_weights
+        Whether the CTMM adds up what it finds in the other levels with a learned weight for each pair (the paper)
+        or puts it side by side (the published code).
     position_std
         Standard deviation of the position embeddings and the class token at the start.
+    head
+        What of each level the head takes: its "class" token (published) or the "mean" of all its tokens.
 
     Raises
     ------
@@ -107,7 +132,11 @@ class M2OSTConfig:
     """
 
     n_genes: int = 250
+    n_outputs: int = 1
     n_levels: int = 3
+    tokens: str = "patches"
+    token_count: int = 1
+    token_dim: int = 1
     size: int = 224
     patch_size: int = 16
     depth: int = 4
@@ -117,10 +146,15 @@ class M2OSTConfig:
     dim_head: int = 64
     mlp_dim: int = 128
     dropout: float = 0.0
+    drop_path: float = 0.0
+    mask_ratio: float = 0.0
     patch_norm: bool = True
+    window_norm: bool = False
     pre_norm: bool = False
     cross_residual: bool = False
+    cross_weights: bool = False
     position_std: float = 1.0
+    head: str = "class"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -151,6 +185,8 @@ class M2OSTConfig:
 
     def n_tokens(self, level: int) -> int:
         """Count the tokens of a level: a class token, then as many patches at each of its granularities."""
+        if self.tokens == "encoder":
+            return 1 + self.token_count
         return 1 + min(level + 1, MAX_GRANULARITIES) * (self.size // self.patch_size) ** 2
 
 
@@ -163,8 +199,10 @@ def _check_value(name: str, value: Any, kind: type) -> None:
         raise HistrataError(f"{name} is {value}, where 1 or more is expected")
     if kind is float and not 0 <= value < math.inf:
         raise HistrataError(f"{name} is {value}, where 0 or more is expected")
-    if name == "dropout" and not value < 1:
-        raise HistrataError(f"dropout is {value}, where a share below 1 is expected")
+    if name in ("dropout", "drop_path", "mask_ratio") and not value < 1:
+        raise HistrataError(f"{name} is {value}, where a share below 1 is expected")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise HistrataError(f"{name} is {value!r}, where one of {', '.join(_CHOICES[name])} is expected")
 
 
 class DPE(nn.Module):
@@ -176,7 +214,8 @@ class DPE(nn.Module):
 
     def __init__(self, config: M2OSTConfig) -> None:
         super().__init__()
-        self.size, self.patch_size, self.patch_norm = config.size, config.patch_size, config.patch_norm
+        self.size, self.patch_size = config.size, config.patch_size
+        self.patch_norm, self.window_norm = config.patch_norm, config.window_norm
         self.embeddings = nn.ModuleList(_patch_embedding(config, j) for j in range(config.n_granularities))
         self.class_token = nn.Parameter(torch.empty(1, 1, config.dim))
         self.positions = nn.ParameterList(
@@ -185,7 +224,9 @@ class DPE(nn.Module):
 
     def forward(self, views: Sequence[Tensor]) -> list[Tensor]:
         """Turn views (n, 3, size, size) into tokens (n, n_tokens(level), dim), one tensor for each level."""
-        if not self.patch_norm:
+        if self.window_norm:
+            views = [nn.functional.instance_norm(view) for view in views]
+        elif not self.patch_norm:
             # From 0..1 to the spread that the embeddings would otherwise get from their normalisation.
             views = [(view - 0.5) * 4 for view in views]
         tokens = [[self.class_token.expand(len(view), -1, -1)] for view in views]
@@ -195,6 +236,29 @@ class DPE(nn.Module):
             for level, embedded in enumerate(embed(torch.stack(cut).flatten(-3).flatten(2, 3)), start=j):
                 tokens[level].append(embedded)
         return [torch.cat(t, dim=1) + position for t, position in zip(tokens, self.positions, strict=True)]
+
+
+class TokenEmbedding(nn.Module):
+    """Bring the tokens of a frozen encoder to the model's channels, and add class token and positions."""
+
+    def __init__(self, config: M2OSTConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Sequential(
+            nn.LayerNorm(config.token_dim),
+            _linear(config.token_dim, config.dim),
+            nn.LayerNorm(config.dim),
+            nn.Dropout(config.dropout),
+        )
+        self.class_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.positions = nn.ParameterList(
+            torch.empty(1, config.n_tokens(level), config.dim) for level in range(config.n_levels)
+        )
+
+    def forward(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Turn (n, token_count, token_dim) into tokens (n, n_tokens(level), dim), one tensor for each level."""
+        embedded = self.embedding(torch.stack(list(views))).unbind()
+        first = self.class_token.expand(len(views[0]), -1, -1)
+        return [torch.cat([first, x], dim=1) + position for x, position in zip(embedded, self.positions, strict=True)]
 
 
 def _patches(view: Tensor, crop: int, patch: int) -> Tensor:
@@ -221,7 +285,7 @@ class ITMM(nn.Module):
     def __init__(self, config: M2OSTConfig) -> None:
         super().__init__()
         inner = config.heads * config.dim_head
-        self.heads = config.heads
+        self.heads, self.mask_ratio, self.drop_path = config.heads, config.mask_ratio, config.drop_path
         self.norm = nn.LayerNorm(config.dim) if config.pre_norm else nn.Identity()
         self.to_qkv = nn.ModuleList(_linear(config.dim, 3 * inner, bias=False) for _ in range(config.n_levels))
         self.to_out = nn.ModuleList(_linear(inner, config.dim) for _ in range(config.n_levels))
@@ -230,9 +294,20 @@ class ITMM(nn.Module):
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """Add to the tokens (n, tokens, dim) of each level what attention finds in that level."""
         return [
-            x + self.dropout(to_out(_attend(*_split_heads(to_qkv(self.norm(x)), self.heads))))
+            x + self._thinned(self.dropout(to_out(self._attend(to_qkv(self.norm(x))))))
             for x, to_qkv, to_out in zip(levels, self.to_qkv, self.to_out, strict=True)
         ]
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        query, key, value = _split_heads(qkv, self.heads)
+        if self.training and self.mask_ratio:
+            seen = torch.rand(key.shape[2], device=key.device) >= self.mask_ratio
+            seen[0] = True  # The class token: somebody has to be seen.
+            key, value = key[:, :, seen], value[:, :, seen]
+        return _attend(query, key, value)
+
+    def _thinned(self, branch: Tensor) -> Tensor:
+        return _drop_path(branch, self.drop_path if self.training else 0.0)
 
 
 class SharedFeedForward(nn.Module):
@@ -240,6 +315,7 @@ class SharedFeedForward(nn.Module):
 
     def __init__(self, config: M2OSTConfig) -> None:
         super().__init__()
+        self.drop_path = config.drop_path
         self.net = nn.Sequential(
             nn.LayerNorm(config.dim),
             _linear(config.dim, config.mlp_dim),
@@ -251,7 +327,7 @@ class SharedFeedForward(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """Pass the tokens (n, tokens, dim) of every level through the same network."""
-        return [x + self.net(x) for x in levels]
+        return [x + _drop_path(self.net(x), self.drop_path if self.training else 0.0) for x in levels]
 
 
 class CTMM(nn.Module):
@@ -259,22 +335,45 @@ class CTMM(nn.Module):
 
     def __init__(self, config: M2OSTConfig) -> None:
         super().__init__()
-        inner = config.cross_heads * config.dim_head
-        self.heads, self.residual = config.cross_heads, config.cross_residual
+        inner, others = config.cross_heads * config.dim_head, config.n_levels - 1
+        self.heads, self.residual, self.drop_path = config.cross_heads, config.cross_residual, config.drop_path
         self.norm = nn.LayerNorm(config.dim)
         self.to_qkv = nn.ModuleList(_linear(config.dim, 3 * inner, bias=False) for _ in range(config.n_levels))
-        self.to_out = nn.ModuleList(_linear((config.n_levels - 1) * inner, config.dim) for _ in range(config.n_levels))
+        joined = inner if config.cross_weights else others * inner
+        self.to_out = nn.ModuleList(_linear(joined, config.dim) for _ in range(config.n_levels))
+        self.weights = nn.Parameter(torch.empty(config.n_levels, others)) if config.cross_weights else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """Gather for the tokens (n, tokens, dim) of each level what attention finds in the other levels."""
+        return self._added(levels, self._gather(levels))
+
+    def pooled(self, levels: list[Tensor]) -> list[Tensor]:
+        """Return of what `forward` gives only the class token and the mean of all tokens, (n, 2, dim) a level."""
+        if self.training and self.dropout.p:
+            # Dropped values are not the same before a mean and after it.
+            return [_pool(x) for x in self.forward(levels)]
+        # The projection is linear: that of a mean is the mean of the projections.
+        return self._added([_pool(x) for x in levels], [_pool(x) for x in self._gather(levels)])
+
+    def _gather(self, levels: list[Tensor]) -> list[Tensor]:
+        """Return for each level (n, tokens, joined) what its queries find in the others, not yet projected."""
         qkv = [_split_heads(to_qkv(self.norm(x)), self.heads) for x, to_qkv in zip(levels, self.to_qkv, strict=True)]
-        mixed = []
-        for level, to_out in enumerate(self.to_out):
-            query = qkv[level][0]
+        gathered = []
+        for level, (query, _, _) in enumerate(qkv):
             seen = [_attend(query, key, value) for other, (_, key, value) in enumerate(qkv) if other != level]
-            mixed.append(self.dropout(to_out(torch.cat(seen, dim=-1))))
-        return [x + m for x, m in zip(levels, mixed, strict=True)] if self.residual else mixed
+            if self.weights is None:
+                gathered.append(torch.cat(seen, dim=-1))
+            else:
+                gathered.append(sum(w * x for w, x in zip(self.weights[level], seen, strict=True)))
+        return gathered
+
+    def _added(self, levels: list[Tensor], gathered: list[Tensor]) -> list[Tensor]:
+        mixed = [self.dropout(to_out(x)) for x, to_out in zip(gathered, self.to_out, strict=True)]
+        if not self.residual:
+            return mixed
+        rate = self.drop_path if self.training else 0.0
+        return [x + _drop_path(m, rate) for x, m in zip(levels, mixed, strict=True)]
 
 
 class CCMM(nn.Module):
@@ -295,9 +394,33 @@ class CCMM(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """Scale the tokens (n, tokens, dim) of every level."""
-        means = torch.cat([x.mean(dim=1) for x in levels], dim=-1)
-        scores = self.net(means).unsqueeze(1).chunk(len(levels), dim=-1)
+        return self._scale(levels, [x.mean(dim=1) for x in levels])
+
+    def pooled(self, levels: list[Tensor]) -> list[Tensor]:
+        """Scale class token and mean of the tokens, (n, 2, dim) a level."""
+        return self._scale(levels, [x[:, 1] for x in levels])
+
+    def _scale(self, levels: list[Tensor], means: list[Tensor]) -> list[Tensor]:
+        scores = self.net(torch.cat(means, dim=-1)).unsqueeze(1).chunk(len(levels), dim=-1)
         return [x * (1 + score) for x, score in zip(levels, scores, strict=True)]
+
+
+class Layer(nn.Sequential):
+    """ITMM, feed-forward, CTMM (where there are several levels) and CCMM, one after the other."""
+
+    def __init__(self, config: M2OSTConfig) -> None:
+        # A single level has no other to look at.
+        cross = [CTMM(config)] if config.n_levels > 1 else []
+        super().__init__(ITMM(config), SharedFeedForward(config), *cross, CCMM(config))
+
+    def pooled(self, levels: list[Tensor]) -> list[Tensor]:
+        """Return the class token and the mean of all tokens, (n, 2, dim) a level: all that a head takes."""
+        modules: list[Any] = list(self)
+        within, feed_forward, *cross, channels = modules
+        levels = feed_forward(within(levels))
+        pooled: list[Tensor] = cross[0].pooled(levels) if cross else [_pool(x) for x in levels]
+        scaled: list[Tensor] = channels.pooled(pooled)
+        return scaled
 
 
 class M2OST(nn.Module):
@@ -314,10 +437,10 @@ class M2OST(nn.Module):
     def __init__(self, config: M2OSTConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.dpe = DPE(config)
-        self.layers = nn.ModuleList(_layer(config) for _ in range(config.depth))
+        self.dpe = TokenEmbedding(config) if config.tokens == "encoder" else DPE(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim)
-        self.head = _linear(config.n_levels * config.dim, config.n_genes)
+        self.head = _linear(config.n_levels * config.dim, config.n_outputs * config.n_genes)
         self.reset_parameters(torch.Generator().manual_seed(seed))
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
@@ -326,11 +449,12 @@ class M2OST(nn.Module):
         Parameters
         ----------
         views
-            A float tensor (n, 3, size, size) for each level, RGB in 0..1, finest level first.
+            A float tensor for each level, finest first: (n, 3, size, size), RGB in 0..1, or (n, token_count,
+            token_dim) where the tokens are an encoder's.
 
         Returns
         -------
-        Expression (n, n_genes), not bounded.
+        Expression (n, n_genes), not bounded; (n, n_outputs, n_genes) where there are several outputs.
 
         Raises
         ------
@@ -339,17 +463,23 @@ class M2OST(nn.Module):
         """
         self._check(views)
         levels = self.dpe(views)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             levels = layer(levels)
-        return self.head(torch.cat([self.norm(x[:, 0]) for x in levels], dim=-1))
+        last: Any = self.layers[-1]
+        taken = 1 if self.config.head == "mean" else 0
+        pooled = [self.norm(x[:, taken]) for x in last.pooled(levels)]
+        genes: Tensor = self.head(torch.cat(pooled, dim=-1))
+        return genes if self.config.n_outputs == 1 else genes.unflatten(-1, (self.config.n_outputs, -1))
 
     def _check(self, views: Sequence[Tensor]) -> None:
         if len(views) != self.config.n_levels:
             raise HistrataError(
                 f"got {len(views)} levels where the model takes {self.config.n_levels}: give a list of one "
-                "tensor (n, 3, size, size) for each level, finest first"
+                "tensor for each level, finest first"
             )
-        expected = (len(views[0]), 3, self.config.size, self.config.size)
+        config = self.config
+        shape = (config.token_count, config.token_dim) if config.tokens == "encoder" else (3, config.size, config.size)
+        expected = (len(views[0]), *shape)
         for level, view in enumerate(views):
             if view.shape != expected:
                 raise HistrataError(f"level {level} has shape {tuple(view.shape)}, where {expected} is expected")
@@ -367,14 +497,11 @@ class M2OST(nn.Module):
                     module.bias.uniform_(-bound, bound, generator=generator)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+            elif isinstance(module, CTMM) and module.weights is not None:
+                # What the levels give together starts as large as what one gives.
+                module.weights.fill_(1 / module.weights.shape[1])
         for embedding in (self.dpe.class_token, *self.dpe.positions):
             embedding.normal_(0, self.config.position_std, generator=generator)
-
-
-def _layer(config: M2OSTConfig) -> nn.Sequential:
-    # A single level has no other to look at.
-    cross = [CTMM(config)] if config.n_levels > 1 else []
-    return nn.Sequential(ITMM(config), SharedFeedForward(config), *cross, CCMM(config))
 
 
 def _linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
@@ -390,6 +517,19 @@ def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scaled dot-product attention of (n, heads, tokens, dim_head), with the heads joined again."""
     return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def _pool(x: Tensor) -> Tensor:
+    """Return the class token and the mean of all tokens (n, 2, dim) of (n, tokens, dim)."""
+    return torch.stack([x[:, 0], x.mean(dim=1)], dim=1)
+
+
+def _drop_path(branch: Tensor, rate: float) -> Tensor:
+    """Leave a branch (n, tokens, dim) out for some of the spots, and make up for it in the others."""
+    if not rate:
+        return branch
+    kept = torch.rand(len(branch), 1, 1, device=branch.device) >= rate
+    return branch * kept / (1 - rate)
 
 
 _RECOMMENDED: dict[str, Any] = {
@@ -463,7 +603,8 @@ def load_published_weights(model: M2OST, weights: Mapping[str, Tensor] | Path) -
     """
     config = model.config
     published = M2OSTConfig(n_levels=3, cross_heads=PUBLISHED_CROSS_HEADS)
-    for key in ("n_levels", "cross_heads", "patch_norm", "pre_norm", "cross_residual"):
+    arranged = ("n_levels", "n_outputs", "tokens", "cross_heads", "patch_norm", "window_norm", "pre_norm")
+    for key in (*arranged, "cross_residual", "cross_weights", "head"):
         if getattr(config, key) != getattr(published, key):
             raise HistrataError(
                 f"published weights need a model with {key}={getattr(published, key)}, and this one has "

@@ -1,0 +1,99 @@
+"""What each departure from the published M2OST gives: one option changed at a time, on patients that were held out.
+
+For each variant and fold (leave one patient out) it trains on the folders given and prints one JSON line: the mean
+over genes of Pearson's correlation over the spots of each held-out slide, beside the colour ridge on the same fold.
+A last line for each variant has the mean over folds and its difference to the recommended arrangement (`base`).
+Differences below the spread of `base` over seeds say nothing.
+
+    python benchmarks/m2ost_ablation.py runs/mob/results/slides/{04,09,11} --field-um 308
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from histrata.expression.baselines import colour_ridge
+from histrata.expression.metrics import correlation
+from histrata.expression.panel import choose_panel
+from histrata.expression.sections import Section, read_measured_sections
+from histrata.expression.training import M2OSTOptions, train
+from histrata.folds import Fold, make_folds
+
+MODEL: dict[str, dict[str, Any]] = {
+    "base": {},
+    "no pre_norm": {"pre_norm": False},
+    "no cross_residual": {"cross_residual": False},
+    "cross_weights": {"cross_weights": True},
+    "mask_ratio .25": {"mask_ratio": 0.25},
+    "position_std 1": {"position_std": 1.0},
+    "patch_norm": {"patch_norm": True},
+    "window_norm": {"window_norm": True},
+    "no dropout": {"dropout": 0.0},
+    "drop_path .1": {"drop_path": 0.1},
+    "head mean": {"head": "mean"},
+}
+"""Keys of the model's configuration that differ from the recommended ones."""
+
+TRAINING: dict[str, dict[str, Any]] = {"one level": {"levels": 1}, "no jitter": {"jitter": 0.0}}
+"""Options of the training that differ."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="result folders of measured slides")
+    parser.add_argument("--field-um", type=float, default=154.0)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seeds", type=int, default=1, help="of every variant; `base` is always run with three")
+    parser.add_argument("--only", nargs="*", help="names of variants")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    sections = {s.slide_id: s for s in read_measured_sections(options.folders)}
+    slides = pd.DataFrame(
+        {"slide_id": s.slide_id, "patient_id": s.patient_id, "image": s.image} for s in sections.values()
+    )
+    folds = make_folds(slides)
+    common = {"field_um": options.field_um, "epochs": options.epochs}
+    variants = {name: M2OSTOptions(**common, model_options=keys) for name, keys in MODEL.items()}
+    variants |= {name: M2OSTOptions(**common | keys) for name, keys in TRAINING.items()}
+    base = None
+    for name, chosen in variants.items():
+        if options.only and name not in {"base", *options.only}:
+            continue
+        seeds = range(3 if name == "base" else options.seeds)
+        means = [np.mean([score_fold(name, fold, sections, chosen, seed) for fold in folds]) for seed in seeds]
+        base = base or float(np.mean(means))
+        spread = [round(float(m), 4) for m in means]
+        line = {"variant": name, "pearson": round(float(np.mean(means)), 4), "seeds": spread}
+        print(json.dumps(line | {"to_base": round(float(np.mean(means)) - base, 4)}), flush=True)
+
+
+def score_fold(name: str, fold: Fold, sections: dict[str, Section], options: M2OSTOptions, seed: int) -> float:
+    """Train on one side of a fold; return the mean correlation on the other, over genes and slides."""
+    training, test = ([sections[slide] for slide in side] for side in (fold.train, fold.test))
+    panel = choose_panel(training, options.panel, options.n_genes)
+    with tempfile.TemporaryDirectory() as folder:
+        model = train(training, panel, M2OSTOptions(**vars(options) | {"seed": seed}), Path(folder))
+    fields = [model.size * mpp for mpp in model.mpp]
+    figures = {}
+    for method, predicted in {
+        "m2ost": [model.predict([section]) for section in test],
+        "colour_ridge": [colour_ridge(training, [section], panel, fields) for section in test],
+    }.items():
+        scores = [correlation(s.targets(panel), p) for s, p in zip(test, predicted, strict=True)]
+        figures[method] = float(np.mean([np.nanmean(score) for score in scores]))
+    line = {name: round(value, 4) for name, value in figures.items()}
+    print(json.dumps({"variant": name, "fold": fold.name, "seed": seed, **line}), flush=True)
+    return figures["m2ost"]
+
+
+if __name__ == "__main__":
+    main()
