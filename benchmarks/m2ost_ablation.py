@@ -85,7 +85,7 @@ def score_fold(name: str, fold: Fold, sections: dict[str, Section], options: M2O
     fields = [model.size * mpp for mpp in model.mpp]
     figures = {}
     for method, predicted in {
-        "m2ost": [model.predict([section]) for section in test],
+        "m2ost": [model.predict([section])[0] for section in test],
         "colour_ridge": [colour_ridge(training, [section], panel, fields) for section in test],
     }.items():
         scores = [correlation(s.targets(panel), p) for s, p in zip(test, predicted, strict=True)]

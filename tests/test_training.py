@@ -54,8 +54,8 @@ def test_the_loss_falls(trained):
 def test_targets_are_standardised_on_the_training_spots(trained, sections, panel):
     model, _, _ = trained
     targets = np.concatenate([s.targets(panel) for s in sections])
-    np.testing.assert_allclose(model.mean, targets.astype(np.float64).mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(model.std, targets.astype(np.float64).std(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(model.targets.mean, targets.astype(np.float64).mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(model.targets.std, targets.astype(np.float64).std(axis=0), rtol=1e-5)
     assert model.config["trained_on"] == {"a2": "p1", "b1": "p2"}
     assert model.config["n_spots"] == len(targets)
     assert set(model.config["inputs"]) == {
@@ -65,17 +65,18 @@ def test_targets_are_standardised_on_the_training_spots(trained, sections, panel
 
 def test_a_gene_that_is_constant_in_training_is_predicted_as_it_is(sections, tiny, tmp_path):
     model = train(sections, ["ZERO", "UP0"], replace(tiny, epochs=1), tmp_path)
-    assert model.std[0] == 1
-    assert np.isfinite(model.predict(sections, device="cpu")).all()
+    assert model.targets.std[0] == 1
+    assert np.isfinite(model.predict(sections, device="cpu")[0]).all()
 
 
 def test_predictions_do_not_depend_on_batches_and_are_not_negative(trained, sections):
     model, _, _ = trained
-    predicted = model.predict(sections, device="cpu")
+    predicted, std = model.predict(sections, device="cpu")
+    assert std is None
     assert predicted.dtype == np.float32
     assert predicted.shape == (sum(s.spots.n_obs for s in sections), 4)
     assert predicted.min() >= 0
-    alone = model.predict(sections[1:], device="cpu", batch_size=7)
+    alone, _ = model.predict(sections[1:], device="cpu", batch_size=7)
     np.testing.assert_allclose(predicted[-len(alone) :], alone, atol=1e-4)
 
 
@@ -234,8 +235,8 @@ def test_a_model_folder_is_read_as_it_was_written(trained, sections, panel):
     assert read.genes == list(panel)
     assert (read.mpp, read.size) == (model.mpp, model.size)
     assert read.config == json.loads(json.dumps(model.config))
-    np.testing.assert_array_equal(read.mean, model.mean)
-    np.testing.assert_array_equal(read.predict(sections, device="cpu"), model.predict(sections, device="cpu"))
+    np.testing.assert_array_equal(read.targets.mean, model.targets.mean)
+    np.testing.assert_array_equal(read.predict(sections, device="cpu")[0], model.predict(sections, device="cpu")[0])
     assert sorted(p.name for p in folder.iterdir()) == ["card.md", "config.json", "genes.tsv", "model.safetensors"]
 
 

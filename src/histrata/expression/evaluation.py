@@ -83,7 +83,7 @@ def _run_fold(
     predictions = {
         "constant": baselines.constant(training, test, panel),
         "colour_ridge": baselines.colour_ridge(training, test, panel, fields),
-        "m2ost": model.predict(test, device=options.device),
+        "m2ost": model.predict(test, device=options.device)[0],
     }
     rows = []
     ends = np.cumsum([s.spots.n_obs for s in test])

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from histrata.devices import find_device
 from histrata.errors import HistrataError
 from histrata.expression.sections import Section
-from histrata.expression.windows import Batch, SpotWindows
+from histrata.expression.targets import Targets
+from histrata.expression.windows import Batch, Spots, SpotWindows
 from histrata.files import whole
 from histrata.registry import create_model
 
@@ -40,8 +41,8 @@ class TrainedModel:
         What `create_model` built; predicts standardised targets.
     genes
         The panel, in the order of the network's outputs.
-    mean, std
-        float32 (genes,) of the targets on the training spots.
+    targets
+        How the network's outputs become expression.
     mpp, size
         um/px of each level, finest first, and side of the windows in px.
     config
@@ -50,36 +51,45 @@ class TrainedModel:
 
     network: nn.Module
     genes: list[str]
-    mean: np.ndarray
-    std: np.ndarray
+    targets: Targets
     mpp: tuple[float, ...]
     size: int
     config: dict[str, Any]
 
-    def predict(self, sections: Sequence[Section], *, batch_size: int = 64, device: str = "auto") -> np.ndarray:
-        """Predict log1p of counts per 10,000 at every spot, float32 (spots, genes)."""
+    def predict(
+        self, sections: Sequence[Section], *, batch_size: int = 64, device: str = "auto"
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Predict log1p of counts per 10,000 at every spot, and its standard deviation.
+
+        Returns
+        -------
+        tuple
+            float32 (spots, genes) twice; the second is None where the model was trained without a likelihood.
+        """
         where = find_device(device)
         network = self.network.to(where).eval()
         windows = SpotWindows(sections, self.mpp, self.size)
-        outputs = [np.zeros((0, len(self.genes)), dtype=np.float32)]
+        shape = (0, len(self.genes)) if self.targets.n_outputs == 1 else (0, self.targets.n_outputs, len(self.genes))
+        outputs = [np.zeros(shape, dtype=np.float32)]
         with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
             for levels, _ in tqdm(load_batches(windows, range(len(windows)), batch_size), "predict", disable=None):
                 outputs.append(network(scaled(levels, where)).float().cpu().numpy())
-        predicted: np.ndarray = np.concatenate(outputs) * self.std + self.mean
-        return np.maximum(predicted, 0).astype(np.float32)
+        return self.targets.expression(np.concatenate(outputs))
 
 
-def load_batches(windows: SpotWindows, order: Any, batch_size: int) -> DataLoader[Batch]:
+def load_batches(windows: Spots, order: Any, batch_size: int) -> DataLoader[Batch]:
     """Load whole batches of windows in an order (indices, or a sampler)."""
     # A loader draws a seed for its workers even without any: not from torch's global generator.
+    source: Any = windows
     return DataLoader(
-        windows, batch_size=batch_size, sampler=order, collate_fn=lambda batch: batch, generator=torch.Generator()
+        source, batch_size=batch_size, sampler=order, collate_fn=lambda batch: batch, generator=torch.Generator()
     )
 
 
 def scaled(levels: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Bring uint8 windows to a device, as floats in 0..1."""
-    return [level.to(device, non_blocking=True).float() / 255 for level in levels]
+    """Bring uint8 windows to a device, as floats in 0..1; tokens of an encoder as they are."""
+    moved = [level.to(device, non_blocking=True) for level in levels]
+    return [level.float() / 255 if level.dtype == torch.uint8 else level for level in moved]
 
 
 def save_model(model: TrainedModel, folder: Path, card: str, scores: pd.DataFrame | None = None) -> None:
@@ -96,11 +106,11 @@ def save_model(model: TrainedModel, folder: Path, card: str, scores: pd.DataFram
     scores
         A row for each gene (indexed by symbol) with how well it was predicted in cross-validation.
     """
-    genes = pd.DataFrame({"gene": model.genes, "mean": model.mean, "std": model.std})
+    genes = pd.DataFrame({"gene": model.genes, "mean": model.targets.mean, "std": model.targets.std})
     if scores is not None:
         genes = genes.join(scores, on="gene")
     weights = {f"network.{name}": tensor for name, tensor in model.network.state_dict().items()}
-    weights |= {"mean": torch.from_numpy(model.mean), "std": torch.from_numpy(model.std)}
+    weights |= {"mean": torch.from_numpy(model.targets.mean), "std": torch.from_numpy(model.targets.std)}
     with whole(folder) as part:
         part.mkdir()
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, part / "model.safetensors")
@@ -125,13 +135,16 @@ def load_model(folder: Path) -> TrainedModel:
         network = create_model(config["model"], **config["architecture"])
         state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
         network.load_state_dict(state)
-        mean, std = tensors["mean"].numpy(), tensors["std"].numpy()
+        likelihood = config["likelihood"]
+        targets = Targets(
+            likelihood["loss"], tensors["mean"].numpy(), tensors["std"].numpy(), float(likelihood["library"])
+        )
         mpp, size = tuple(config["mpp"]), int(config["size"])
-        if not len(genes) == len(mean) == len(std) == config["architecture"]["n_genes"]:
-            raise ValueError(f"genes.tsv has {len(genes)} genes, model.safetensors has {len(mean)}")
+        if not len(genes) == len(targets.mean) == len(targets.std) == config["architecture"]["n_genes"]:
+            raise ValueError(f"genes.tsv has {len(genes)} genes, model.safetensors has {len(targets.mean)}")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, HistrataError) as error:
         reason = str(error).partition("\n")[0]
         raise HistrataError(
             f"{folder}: not a whole M2OST model ({reason}); train it again with `histrata m2ost train`"
         ) from error
-    return TrainedModel(network, genes.tolist(), mean, std, mpp, size, config)
+    return TrainedModel(network, genes.tolist(), targets, mpp, size, config)

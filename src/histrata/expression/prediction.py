@@ -54,14 +54,17 @@ def predict(
     if evaluation:
         var = var.join(gene_scores(read_evaluation(evaluation)))
     inputs = {"pyramid": section.folder.pyramid / "zarr.json", "spots": section.folder.spots, "model": used}
+    mean, std = trained.predict([section], device=device)
     table = on_spots(
         section.spots,
-        trained.predict([section], device=device),
+        mean,
         var,
         provenance({"model": trained.config["model"], "fold": fold}, inputs),
     )
     if section.measured is not None:
         table.layers["measured"] = section.targets(trained.genes)
+    if std is not None:
+        table.layers["std"] = std
     if fold:
         table.obs["fold"] = pd.Categorical([fold] * table.n_obs)
     write_table(table, out)

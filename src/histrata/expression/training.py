@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,16 +20,22 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError
+from histrata.expression.metrics import correlation
 from histrata.expression.model import TrainedModel, load_batches, scaled
 from histrata.expression.sections import Section
+from histrata.expression.targets import LOSSES, Targets, fit_targets
 from histrata.expression.windows import Batch, EpochSampler, SpotWindows
 from histrata.files import provenance, whole
 from histrata.registry import create_model
 
 _CHECKPOINT = "m2ost-{}.ckpt"
+
+Judge = Callable[[nn.Module], float]
+"""Says how well a network predicts; training stops once it gets no better."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,30 @@ class M2OSTOptions:
     levels
         Number of levels of a spot.
     field_um
-        Side of the finest level's windows in um; each further level sees twice as far, as the model asks.
+        Side of the finest level's windows in um; each further level sees twice as far, as the model's crops suppose.
+    mpp
+        um/px of each level, finest first, instead of `levels` and `field_um`.
     size
         Side of the windows in px; None takes the variant's.
     panel, n_genes
         Which genes, and how many: see `histrata.expression.panel.choose_panel`.
-    epochs, batch_size, learning_rate, weight_decay
-        AdamW with a one-cycle rate whose peak is `learning_rate`.
+    loss, standardise, smooth_um
+        What is learned: see `histrata.expression.targets.fit_targets`.
+    epochs, batch_size
+        Times that every spot is seen, and spots in a step.
+    optimizer, learning_rate, weight_decay
+        "adamw" or "adam". The rate rises to `learning_rate` and falls to 0 along a cosine.
+    warmup
+        Share of the steps in which it rises.
+    clip
+        Largest norm of a gradient.
+    ema
+        Decay in a step of the average of the weights that predicts in their place; 0 predicts with the last ones.
+    early_stopping
+        Epochs without a better correlation on one training patient, kept for that and not learned from, after which
+        training ends; the best epoch's weights are taken. 0 trains on all patients for all epochs.
+    balance
+        Whether every slide gives as many spots to an epoch, however many it has.
     jitter
         Largest relative change of a colour channel's scale while training.
     seed
@@ -63,13 +87,23 @@ class M2OSTOptions:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     levels: int = 3
     field_um: float = 154.0
+    mpp: Sequence[float] = ()
     size: int | None = None
     panel: str = "highly_expressed"
     n_genes: int = 250
+    loss: str = "mse"
+    standardise: bool = True
+    smooth_um: float = 0.0
     epochs: int = 15
     batch_size: int = 32
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
+    warmup: float = 0.3
+    clip: float = 1.0
+    ema: float = 0.0
+    early_stopping: int = 0
+    balance: bool = False
     jitter: float = 0.05
     seed: int = 0
     device: str = "auto"
@@ -78,19 +112,55 @@ class M2OSTOptions:
         for name in ("levels", "n_genes", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.seed < 0:
-            raise HistrataError(f"m2ost.seed is {self.seed}; it must be at least 0")
+        for name in ("seed", "smooth_um", "early_stopping"):
+            if getattr(self, name) < 0:
+                raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("ema", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be a share below 1")
+        for name, known in (("loss", LOSSES), ("optimizer", tuple(_OPTIMIZERS))):
+            if getattr(self, name) not in known:
+                raise HistrataError(f"m2ost.{name} is '{getattr(self, name)}'; choose one of {', '.join(known)}")
         if self.field_um <= 0:
             raise HistrataError(f"m2ost.field_um is {self.field_um}; give the side of the finest windows in um")
+        if any(mpp <= 0 for mpp in self.mpp) or list(self.mpp) != sorted(set(self.mpp)):
+            told = ", ".join(f"{mpp:g}" for mpp in self.mpp)
+            raise HistrataError(f"m2ost.mpp is {told}; give um/px above 0, the finest level first, each once")
+
+    @property
+    def n_levels(self) -> int:
+        """Number of levels of a spot."""
+        return len(self.mpp) or self.levels
+
+
+_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 
 class _Regression(lightning.LightningModule):
-    """Mean squared error on standardised targets."""
+    """A network that learns the targets of a panel."""
 
-    def __init__(self, network: nn.Module, options: M2OSTOptions, steps: int) -> None:
+    def __init__(
+        self, network: nn.Module, targets: Targets, options: M2OSTOptions, steps: int, judge: Judge | None
+    ) -> None:
         super().__init__()
-        self.network, self.options, self.steps = network, options, steps
+        self.network, self.targets, self.options, self.steps, self.judge = network, targets, options, steps, judge
+        # A module, so that checkpoints hold it.
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.ema)) if options.ema else None
         self.losses: list[float] = []
+        self.scores: list[float] = []
+        self.best: dict[str, torch.Tensor] = {}
+
+    @property
+    def predictor(self) -> nn.Module:
+        """The network that predicts: the average of the weights, where there is one."""
+        network: nn.Module = self.average.module if self.average else self.network
+        return network
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the best epoch lies as far behind as `early_stopping` allows."""
+        patience, scores = self.options.early_stopping, self.scores
+        return bool(self.judge and scores and len(scores) - 1 - int(np.argmax(scores)) >= patience)
 
     def on_train_epoch_start(self) -> None:
         """Draw the epoch's order, augmentation and dropout from the seed and the epoch alone."""
@@ -99,43 +169,69 @@ class _Regression(lightning.LightningModule):
         torch.manual_seed(self.options.seed * 100_003 + self.current_epoch)
         self._sum, self._n = 0.0, 0
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:  # noqa: ARG002 (Lightning's signature)
+        """Skip what is left where a run that had stopped early is taken up again."""
+        return -1 if self.has_stopped else None
+
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002 (Lightning's signature)
         """Return the loss of a batch."""
-        levels, targets = batch
-        loss = nn.functional.mse_loss(self.network(scaled(levels, self.device)), targets)
-        self._sum, self._n = self._sum + float(loss.detach()) * len(targets), self._n + len(targets)
+        levels, values = batch
+        loss = self.targets.loss_of(self.network(scaled(levels, self.device)), values)
+        self._sum, self._n = self._sum + float(loss.detach()) * len(values), self._n + len(values)
         self.log("loss", loss, prog_bar=True)
         return loss
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Let the average follow the weights."""
+        if self.average:
+            self.average.update_parameters(self.network)
+
     def on_train_epoch_end(self) -> None:
-        """Note the mean loss of the epoch."""
+        """Note the mean loss of the epoch, and how well the patient that was kept for it is predicted."""
+        if self.has_stopped:
+            return
         self.losses.append(self._sum / self._n)
+        if self.judge:
+            self.scores.append(self.judge(self.predictor))
+            if int(np.argmax(self.scores)) == len(self.scores) - 1:
+                self.best = {name: value.detach().cpu().clone() for name, value in self.predictor.state_dict().items()}
+            self.trainer.should_stop = self.has_stopped
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the losses with the weights, for a run that resumes."""
-        checkpoint["losses"] = self.losses
+        """Keep with the weights what a run that resumes needs."""
+        checkpoint["histrata"] = {"losses": self.losses, "scores": self.scores, "best": self.best}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the losses of the run that was stopped."""
-        self.losses = list(checkpoint["losses"])
+        """Take up what the run that was stopped had."""
+        kept = checkpoint["histrata"]
+        self.losses, self.scores, self.best = list(kept["losses"]), list(kept["scores"]), dict(kept["best"])
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW with a one-cycle learning rate."""
+        """Return the optimiser, and a rate that rises and falls."""
         options = self.options
-        optimizer = torch.optim.AdamW(
+        optimizer = _OPTIMIZERS[options.optimizer](
             self.network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=self.steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        """Return the share of the learning rate in a step: up along half a cosine, and down along another."""
+        rise = round(self.options.warmup * self.steps)
+        if step < rise:
+            return 0.5 * (1 - math.cos(math.pi * (step + 1) / (rise + 1)))
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
 
 
 def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptions, checkpoints: Path) -> TrainedModel:
-    """Train a model on all spots of some sections for a fixed number of epochs.
+    """Train a model on the spots of some sections.
 
     Parameters
     ----------
     sections
-        Training sections; everything that is fitted is fitted on them.
+        Training sections; everything that is fitted is fitted on them. With `early_stopping`, one of their patients
+        is kept to say when to stop, and nothing else is learned from it; with a single patient there is none to
+        keep, and training goes on for all epochs.
     panel
         Genes to predict.
     options
@@ -151,29 +247,25 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
         For options that do not fit, or a GPU asked for where there is none.
     """
     device = find_device(options.device)
-    overrides = {**options.model_options, **({"size": options.size} if options.size else {})}
-    network = create_model(options.model, seed=options.seed, n_genes=len(panel), n_levels=options.levels, **overrides)
+    learned, kept = _keep_patient(sections, options)
+    targets, values = fit_targets(
+        learned, panel, options.loss, standardise=options.standardise, smooth_um=options.smooth_um
+    )
+    network, mpp = _build(panel, targets, options)
     architecture: Any = network.config
-    mpp = tuple(options.field_um * wider / architecture.size for wider in architecture.fields_of_view)
-    targets = np.concatenate([s.targets(panel) for s in sections])
-    mean, std = targets.mean(axis=0), targets.std(axis=0)
-    std = np.where(std > 0, std, 1).astype(np.float32)
     windows = SpotWindows(
-        sections,
-        mpp,
-        architecture.size,
-        targets=(targets - mean) / std,
-        augment=True,
-        jitter=options.jitter,
-        seed=options.seed,
+        learned, mpp, architecture.size, targets=values, augment=True, jitter=options.jitter, seed=options.seed
     )
     config = {
         "model": options.model,
         "architecture": asdict(architecture),
         "mpp": list(mpp),
         "size": architecture.size,
+        "fields_um": [architecture.size * value for value in mpp],
         "target": "log1p of counts per 10,000 over the whole library",
-        "trained_on": {s.slide_id: s.patient_id for s in sections},
+        "likelihood": {"loss": targets.loss, "library": targets.library},
+        "trained_on": {s.slide_id: s.patient_id for s in learned},
+        "stopped_by": {s.slide_id: s.patient_id for s in kept},
         "n_spots": len(windows),
         **provenance(
             {k: v for k, v in asdict(options).items() if k != "device"},
@@ -182,11 +274,49 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
         ),
     }
     key = hashlib.sha256(json.dumps([config, list(panel)], sort_keys=True).encode()).hexdigest()[:16]
-    module = _Regression(network, options, steps=options.epochs * -(-len(windows) // options.batch_size))
+
+    def model_of(predictor: nn.Module) -> TrainedModel:
+        return TrainedModel(predictor, list(panel), targets, mpp, architecture.size, config)
+
+    def judge(predictor: nn.Module) -> float:
+        """Return the mean correlation over genes on the sections of the patient that was kept."""
+        model, was_training = model_of(predictor), predictor.training
+        predicted = [model.predict([s], device=str(device))[0] for s in kept]
+        predictor.train(was_training)
+        scores = [correlation(s.targets(panel).astype(np.float64), p) for s, p in zip(kept, predicted, strict=True)]
+        return float(np.nanmean(scores))
+
+    steps = options.epochs * -(-len(windows) // options.batch_size)
+    module = _Regression(network, targets, options, steps, judge if kept else None)
     _fit(module, windows, options, device, Path(checkpoints) / _CHECKPOINT.format(key))
+    if module.best:
+        module.predictor.load_state_dict(module.best)
     config["loss"] = [round(loss, 6) for loss in module.losses]
-    network.to("cpu")
-    return TrainedModel(network, list(panel), mean, std, mpp, architecture.size, config)
+    config["stopping_score"] = [round(score, 6) for score in module.scores]
+    return model_of(module.predictor.to("cpu"))
+
+
+def _build(panel: Sequence[str], targets: Targets, options: M2OSTOptions) -> tuple[nn.Module, tuple[float, ...]]:
+    """Return a new network, and um/px of its levels."""
+    overrides = {**options.model_options, **({"size": options.size} if options.size else {})}
+    network = create_model(
+        options.model,
+        seed=options.seed,
+        n_genes=len(panel),
+        n_outputs=targets.n_outputs,
+        n_levels=options.n_levels,
+        **overrides,
+    )
+    architecture: Any = network.config
+    fields = (options.field_um * wider for wider in architecture.fields_of_view)
+    return network, tuple(options.mpp) or tuple(field / architecture.size for field in fields)
+
+
+def _keep_patient(sections: Sequence[Section], options: M2OSTOptions) -> tuple[Sequence[Section], Sequence[Section]]:
+    """Return the sections to learn from, and those of the patient that says when to stop."""
+    if not options.early_stopping:
+        return sections, ()
+    raise NotImplementedError
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -217,7 +347,7 @@ def _fit(module: _Regression, windows: SpotWindows, options: M2OSTOptions, devic
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=[device.index] if device.index is not None else 1,
             precision="bf16-mixed" if device.type == "cuda" else "32-true",
-            gradient_clip_val=1.0,
+            gradient_clip_val=options.clip,
             logger=False,
             # One process, whatever a SLURM allocation around it says of tasks.
             plugins=[LightningEnvironment()],
@@ -227,7 +357,7 @@ def _fit(module: _Regression, windows: SpotWindows, options: M2OSTOptions, devic
         )
         trainer.fit(
             module,
-            load_batches(windows, EpochSampler(windows), options.batch_size),
+            load_batches(windows, EpochSampler(windows, balanced=options.balance), options.batch_size),
             ckpt_path=last if last.is_file() else None,
             weights_only=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,6 +12,20 @@ from torch.utils.data import Dataset, Sampler
 from histrata.expression.sections import Section
 
 Batch = tuple[list[torch.Tensor], torch.Tensor]
+
+
+class Spots(Protocol):
+    """What a loader takes: spots of some sections, with what a network is given of them."""
+
+    seed: int
+    epoch: int
+    section_of: np.ndarray
+
+    def __len__(self) -> int:
+        """Return the number of spots."""
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return a tensor (n, ...) for each level, and the targets (n, genes)."""
 
 
 class SpotWindows(Dataset[Batch]):
@@ -92,13 +107,20 @@ class SpotWindows(Dataset[Batch]):
 
 
 class EpochSampler(Sampler[int]):
-    """A new order of all spots in each epoch that depends on the seed and the epoch alone.
+    """A new order of the spots in each epoch that depends on the seed and the epoch alone.
 
     So a run that was stopped and resumed sees the same batches as one that was not.
+
+    Parameters
+    ----------
+    spots
+        What is sampled.
+    balanced
+        Whether every slide gives about as many spots to an epoch, drawn with replacement, or every spot comes once.
     """
 
-    def __init__(self, spots: SpotWindows) -> None:
-        self.spots = spots
+    def __init__(self, spots: Spots, *, balanced: bool = False) -> None:
+        self.spots, self.balanced = spots, balanced
 
     def __len__(self) -> int:
         """Return the number of spots."""
@@ -106,5 +128,9 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Go through the spots in the order of the current epoch."""
-        order = np.random.default_rng((self.spots.seed, self.spots.epoch)).permutation(len(self.spots))
-        return iter(order.tolist())
+        rng = np.random.default_rng((self.spots.seed, self.spots.epoch))
+        if not self.balanced:
+            return iter(rng.permutation(len(self.spots)).tolist())
+        slides, of, counts = np.unique(self.spots.section_of, return_inverse=True, return_counts=True)
+        chances = 1 / (len(slides) * counts[of])
+        return iter(rng.choice(len(self.spots), len(self.spots), p=chances).tolist())
