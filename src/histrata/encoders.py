@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,16 +139,52 @@ def _encode(
     model: nn.Module, pyramid: Pyramid, centres: np.ndarray, mpp: float, batch_size: int, device: torch.device
 ) -> np.ndarray:
     """Return float32 (spots, features) of windows at one um/px."""
-    settings = resolve_model_data_config(model)
-    size = int(settings["input_size"][-1])
-    mean, std = (torch.tensor(settings[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
-    outputs = []
-    with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-        for start in tqdm(range(0, len(centres), batch_size), f"windows at {mpp:g} um/px", disable=None):
-            windows, _ = pyramid.windows(centres[start : start + batch_size], mpp, size)
-            pixels = torch.from_numpy(windows).to(device).float() / 255
-            outputs.append(model((pixels - mean) / std).float().cpu().numpy())
-        if not outputs:
-            # How many features there would be; not every model of timm says so.
-            outputs.append(model(torch.zeros(1, 3, size, size, device=device)).float().cpu().numpy()[:0])
+    size = input_size(model)
+    batches = window_batches(pyramid, centres, mpp, size, batch_size)
+    outputs = [encode(model, model, windows, device) for windows in batches]
+    if not outputs:
+        # How many features there would be; not every model of timm says so.
+        outputs = [encode(model, model, np.zeros((1, 3, size, size), np.uint8), device)[:0]]
     return np.concatenate(outputs)
+
+
+def input_size(model: nn.Module) -> int:
+    """Return the side in px of the windows that an encoder takes."""
+    return int(resolve_model_data_config(model)["input_size"][-1])
+
+
+def window_batches(
+    pyramid: Pyramid, centres: np.ndarray, mpp: float, size: int, batch_size: int
+) -> Iterator[np.ndarray]:
+    """Read windows around points of a slide, uint8 (n, 3, size, size) at a time, showing progress."""
+    for start in tqdm(range(0, len(centres), batch_size), f"windows at {mpp:g} um/px", disable=None):
+        yield pyramid.windows(centres[start : start + batch_size], mpp, size)[0]
+
+
+def encode(
+    forward: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, windows: np.ndarray, device: torch.device
+) -> np.ndarray:
+    """Scale windows as an encoder asks and pass them forward; float16 mixed precision on a GPU.
+
+    Parameters
+    ----------
+    forward
+        The encoder, or a function that calls it: from images (n, 3, size, size) to what is wanted.
+    model
+        The encoder, on `device`, whose mean and standard deviation the pixels are scaled with.
+    windows
+        uint8 (n, 3, size, size).
+    device
+        Where to compute.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32, what `forward` gave.
+    """
+    settings = resolve_model_data_config(model)
+    mean, std = (torch.tensor(settings[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
+    with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+        pixels = torch.from_numpy(windows).to(device).float() / 255
+        outputs: np.ndarray = forward((pixels - mean) / std).float().cpu().numpy()
+    return outputs
