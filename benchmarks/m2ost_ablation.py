@@ -1,6 +1,6 @@
 """What each departure from the published M2OST gives: one option changed at a time, on patients that were held out.
 
-For each variant and fold (leave one patient out) it trains on the folders given and prints one JSON line: the mean
+For each variant, fold (leave one patient out) and seed it trains on the folders given and prints one JSON line: the mean
 over genes of Pearson's correlation over the spots of each held-out slide, beside the colour ridge on the same fold.
 A last line for each variant has the mean over folds and its difference to the recommended arrangement (`base`).
 Differences below the spread of `base` over seeds say nothing.
@@ -42,7 +42,18 @@ MODEL: dict[str, dict[str, Any]] = {
 }
 """Keys of the model's configuration that differ from the recommended ones."""
 
-TRAINING: dict[str, dict[str, Any]] = {"one level": {"levels": 1}, "no jitter": {"jitter": 0.0}}
+TRAINING: dict[str, dict[str, Any]] = {
+    "one level": {"levels": 1},
+    "two levels": {"levels": 2},
+    "no jitter": {"jitter": 0.0},
+    "jitter .15": {"jitter": 0.15},
+    "smooth 210 um": {"smooth_um": 210.0},
+    "ema .99": {"ema": 0.99},
+    "gaussian": {"loss": "gaussian"},
+    "negative_binomial": {"loss": "negative_binomial"},
+    "no standardise": {"standardise": False},
+    "adam": {"optimizer": "adam", "weight_decay": 0.0},
+}
 """Options of the training that differ."""
 
 
@@ -51,8 +62,9 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="result folders of measured slides")
     parser.add_argument("--field-um", type=float, default=154.0)
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=1, help="of every variant; `base` is always run with three")
-    parser.add_argument("--only", nargs="*", help="names of variants")
+    parser.add_argument("--seeds", type=int, default=1, help="of every variant")
+    parser.add_argument("--only", nargs="*", help="names of variants, in the order to try them; default: all")
+    parser.add_argument("--folds", nargs="*", help="names of folds; default: all")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -60,16 +72,14 @@ def main() -> None:
     slides = pd.DataFrame(
         {"slide_id": s.slide_id, "patient_id": s.patient_id, "image": s.image} for s in sections.values()
     )
-    folds = make_folds(slides)
+    folds = [fold for fold in make_folds(slides) if not options.folds or fold.name in options.folds]
     common = {"field_um": options.field_um, "epochs": options.epochs}
     variants = {name: M2OSTOptions(**common, model_options=keys) for name, keys in MODEL.items()}
     variants |= {name: M2OSTOptions(**common | keys) for name, keys in TRAINING.items()}
     base = None
-    for name, chosen in variants.items():
-        if options.only and name not in {"base", *options.only}:
-            continue
-        seeds = range(3 if name == "base" else options.seeds)
-        means = [np.mean([score_fold(name, fold, sections, chosen, seed) for fold in folds]) for seed in seeds]
+    for name in ["base", *(options.only or [name for name in variants if name != "base"])]:
+        seeds = range(options.seeds)
+        means = [np.mean([score_fold(name, fold, sections, variants[name], seed) for fold in folds]) for seed in seeds]
         base = base or float(np.mean(means))
         spread = [round(float(m), 4) for m in means]
         line = {"variant": name, "pearson": round(float(np.mean(means)), 4), "seeds": spread}
