@@ -1,7 +1,8 @@
-"""What each departure from the published M2OST gives: one option changed at a time, on patients that were held out.
+"""What each departure from the published M2OST gives: one option at a time, on patients that were held out.
 
-For each variant, fold (leave one patient out) and seed it trains on the folders given and prints one JSON line: the mean
-over genes of Pearson's correlation over the spots of each held-out slide, beside the colour ridge on the same fold.
+For each variant, fold (leave one patient out) and seed it trains on the folders given and prints one JSON line: the
+mean over genes of Pearson's correlation over the spots of each held-out slide, beside the colour ridge on the same
+fold.
 A last line for each variant has the mean over folds and its difference to the recommended arrangement (`base`).
 Differences below the spread of `base` over seeds say nothing.
 

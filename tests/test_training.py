@@ -11,14 +11,16 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.stats import nbinom, norm
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError
 from histrata.expression.model import load_model, save_model
 from histrata.expression.panel import choose_panel
 from histrata.expression.sections import read_measured_sections
+from histrata.expression.targets import LOSSES, fit_targets
 from histrata.expression.training import M2OSTOptions, remove_checkpoints, train
-from histrata.expression.windows import EpochSampler
+from histrata.expression.windows import EpochSampler, SpotWindows
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,146 @@ def test_global_random_states_are_neither_read_nor_changed(trained, sections, pa
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
     assert random.getstate() == before[2]
+
+
+# --- what is learned ----------------------------------------------------------------------------
+
+
+def test_smoothed_targets_are_means_over_the_spots_nearby(sections, panel):
+    radius = 40.0  # the four neighbours at 32 um, not those across at 45 um
+    _, values = fit_targets(sections, panel, "mse", standardise=False, smooth_um=radius)
+    expected = []
+    for section in sections:
+        places, measured = section.spots.obsm["spatial_um"], section.targets(panel).astype(np.float64)
+        near = np.linalg.norm(places[:, None] - places[None], axis=2) <= radius
+        assert set(near.sum(axis=1)) <= {2, 3, 4, 5}
+        expected.append(np.stack([measured[row].mean(axis=0) for row in near]))
+    wanted = np.concatenate(expected)
+    np.testing.assert_allclose(values, wanted - wanted.mean(axis=0), atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_is_the_likelihood(sections, panel, loss):
+    """Against SciPy's densities in float64."""
+    targets, values = fit_targets(sections, panel, loss)
+    rng = np.random.default_rng(0)
+    output = rng.normal(size=(len(values), *((2,) if targets.n_outputs == 2 else ()), len(panel)))
+    given = targets.loss_of(torch.from_numpy(output), torch.from_numpy(values).double())
+    if loss == "mse":
+        expected = ((output - values) ** 2).mean()
+    elif loss == "gaussian":
+        mean, log_variance = output[:, 0], output[:, 1]
+        constant = np.log(2 * np.pi) / 2
+        expected = -norm.logpdf(values, mean, np.exp(log_variance / 2)).mean() - constant
+    else:
+        counts = np.concatenate([s.spots[:, list(panel)].X.toarray() for s in sections])
+        library = np.concatenate([np.asarray(s.spots.X.sum(axis=1)).ravel() for s in sections])
+        rates = (counts / library[:, None]).mean(axis=0)
+        mean, size = library[:, None] * rates * np.exp(output[:, 0]), np.exp(output[:, 1])
+        expected = -nbinom.logpmf(counts, size, size / (size + mean)).mean()
+    assert float(given) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES[1:])
+def test_a_likelihood_gives_each_prediction_its_deviation(sections, panel, tiny, tmp_path, loss):
+    model = train(sections, panel, replace(tiny, loss=loss, epochs=6), tmp_path / "checkpoints")
+    mean, std = model.predict(sections, device="cpu")
+    truth = np.concatenate([s.targets(panel) for s in sections])
+    assert mean.shape == std.shape == truth.shape
+    assert mean.min() >= 0
+    assert std.min() > 0
+    # Of a rough model, not of a perfect one: the deviations are of the errors' size.
+    assert 0.4 < np.sqrt(np.mean(((truth - mean) / std) ** 2)) < 2.5
+    save_model(model, tmp_path / "model", "")
+    again = load_model(tmp_path / "model").predict(sections, device="cpu")
+    np.testing.assert_array_equal(again, (mean, std))
+
+
+def test_the_deviation_of_counts_is_that_of_simulated_counts(sections, panel):
+    targets, _ = fit_targets(sections, panel, "negative_binomial")
+    output = np.zeros((1, 2, len(panel)))
+    output[:, 1] = 2.0
+    targets = replace(targets, mean=np.log(np.full(len(panel), 400.0)), library=5000.0)
+    mean, std = targets.expression(output)
+    size, expected = np.exp(2.0), 5000 * 400 / 1e4
+    drawn = nbinom.rvs(size, size / (size + expected), size=100_000, random_state=0)
+    simulated = np.log1p(drawn / 5000 * 1e4)
+    assert mean[0, 0] == pytest.approx(simulated.mean(), abs=0.1)
+    assert std[0, 0] == pytest.approx(simulated.std(), rel=0.1)
+
+
+def test_counts_are_not_smoothed(sections, panel):
+    with pytest.raises(HistrataError, match=r"smooth_um is 50, but means of counts are no counts"):
+        fit_targets(sections, panel, "negative_binomial", smooth_um=50)
+
+
+# --- how it is learned --------------------------------------------------------------------------
+
+
+def test_levels_of_any_scale(sections, panel, tiny, tmp_path):
+    model = train(sections, panel, replace(tiny, mpp=[1.0, 3.0], epochs=1), tmp_path)
+    assert model.mpp == (1.0, 3.0)
+    assert model.config["fields_um"] == [model.size * 1.0, model.size * 3.0]
+    assert model.network.config.n_levels == 2
+    assert np.isfinite(model.predict(sections, device="cpu")[0]).all()
+
+
+def test_the_average_of_the_weights_predicts(sections, panel, tiny, tmp_path):
+    """Against the average, kept by hand, of what a run without it leaves after each of its steps."""
+    one_step = replace(tiny, batch_size=1000, warmup=0.0)
+    averaged = train(sections, panel, replace(one_step, epochs=3, ema=0.6), tmp_path / "averaged")
+    expected = None
+    states = []
+    original = SpotWindows.__getitems__
+
+    def noted(self, indices):
+        if learner:
+            states.append({k: v.detach().clone() for k, v in learner[0].state_dict().items()})
+        return original(self, indices)
+
+    learner = []
+    from histrata.expression import training
+
+    build = training._build
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SpotWindows, "__getitems__", noted)
+        patch.setattr(training, "_build", lambda *a: (learner.append((built := build(*a))[0]), built)[1])
+        last = train(sections, panel, replace(one_step, epochs=3), tmp_path / "last").network.state_dict()
+    for state in [*states[1:], last]:
+        expected = state if expected is None else {k: 0.6 * v + 0.4 * state[k] for k, v in expected.items()}
+    for name, value in averaged.network.state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_every_slide_gives_as_many_spots_to_a_balanced_epoch(sections):
+    small = replace(sections[1], spots=sections[1].spots[:8].copy(), measured=sections[1].measured[:8])
+    spots = SpotWindows([sections[0], small], (1.0,), 16)
+    drawn = []
+    for spots.epoch in range(30):
+        order = list(EpochSampler(spots, balanced=True))
+        assert len(order) == len(spots)
+        drawn += order
+    assert np.mean(spots.section_of[drawn] == 1) == pytest.approx(0.5, abs=0.05)
+    spots.epoch = 0
+    assert drawn[: len(spots)] == list(EpochSampler(spots, balanced=True))
+    assert sorted(EpochSampler(spots)) == list(range(len(spots)))
+
+
+def test_the_learning_rate_rises_and_falls(sections, panel, tiny, tmp_path, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *a, **k: (rates.append(self.param_groups[0]["lr"]), step(self, *a, **k))[1],
+    )
+    train(sections, panel, replace(tiny, warmup=0.4, learning_rate=1e-3), tmp_path)
+    peak = int(np.argmax(rates))
+    assert rates[peak] == pytest.approx(1e-3)
+    assert peak == pytest.approx(0.4 * len(rates), abs=1)
+    assert (np.diff(rates[: peak + 1]) > 0).all()
+    assert (np.diff(rates[peak:]) < 0).all()
+    assert rates[-1] < 1e-4
 
 
 # --- stopped and resumed ------------------------------------------------------------------------
@@ -187,6 +329,12 @@ def test_a_cluster_and_the_working_directory_do_not_matter(sections, panel, tiny
         ({"batch_size": -1}, r"m2ost\.batch_size is -1"),
         ({"seed": -1}, r"m2ost\.seed is -1"),
         ({"field_um": 0.0}, r"m2ost\.field_um is 0\.0"),
+        ({"smooth_um": -1.0}, r"m2ost\.smooth_um is -1\.0"),
+        ({"ema": 1.0}, r"m2ost\.ema is 1\.0; it must be a share below 1"),
+        ({"loss": "poisson"}, r"m2ost\.loss is 'poisson'; choose one of mse, gaussian, negative_binomial"),
+        ({"optimizer": "sgd"}, r"m2ost\.optimizer is 'sgd'; choose one of adamw, adam"),
+        ({"mpp": [1.0, 0.5]}, r"m2ost\.mpp is 1, 0\.5; give um/px above 0, the finest level first"),
+        ({"tokens": "encoder"}, r"m2ost\.tokens is 'encoder' and no encoder is named"),
     ],
 )
 def test_options_out_of_range(options, says):

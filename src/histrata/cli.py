@@ -250,15 +250,48 @@ ModelOption = Annotated[
 ]
 Levels = Annotated[int, typer.Option(help="Levels of a spot; each sees twice as far as the one before.")]
 FieldUm = Annotated[float, typer.Option(help="Side of the finest level's windows in um.")]
+LevelMpp = Annotated[
+    list[float],
+    typer.Option(help="um/px of a level, finest first; given once for each level, instead of levels and field."),
+]
 Size = Annotated[int | None, typer.Option(help="Side of the windows in px; default: the model's.")]
 Panel = Annotated[
     str, typer.Option(help="highly_expressed, highly_variable, or a file with a gene symbol in each line.")
 ]
 NGenes = Annotated[int, typer.Option(help="Genes of the panel.")]
+Tokens = Annotated[
+    Literal["patches", "encoder"], typer.Option(help="Tokens of the windows' pixels, or of a frozen encoder.")
+]
+Encoder = Annotated[str | None, typer.Option(help="The encoder: a timm model, or hf-hub:<repository>.")]
+EncoderWeights = Annotated[
+    Path | None, typer.Option(help="Local safetensors file of the encoder; default: download the pretrained weights.")
+]
+TokenGrid = Annotated[int, typer.Option(min=1, help="The encoder's patches are averaged to so many tokens a side.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder of the encoder's tokens, computed once.")]
+Loss = Annotated[
+    Literal["mse", "gaussian", "negative_binomial"],
+    typer.Option(help="What is learned; gaussian and negative_binomial give each prediction a standard deviation."),
+]
+Standardise = Annotated[bool, typer.Option(help="Bring every gene to variance 1, so that all weigh the same.")]
+SmoothUm = Annotated[
+    float, typer.Option(min=0, help="Training targets are means over the spots within so many um; 0: as measured.")
+]
 Epochs = Annotated[int, typer.Option(help="Times that every spot is seen.")]
 BatchSize = Annotated[int, typer.Option(help="Spots in a step.")]
-LearningRate = Annotated[float, typer.Option(help="Peak of the one-cycle rate of AdamW.")]
-WeightDecay = Annotated[float, typer.Option(help="Weight decay of AdamW.")]
+LearningRate = Annotated[float, typer.Option(help="Peak of the learning rate.")]
+Optimizer = Annotated[Literal["adamw", "adam"], typer.Option(help="adamw or adam.")]
+Warmup = Annotated[float, typer.Option(min=0, help="Share of the steps in which the learning rate rises.")]
+Clip = Annotated[float, typer.Option(min=0, help="Largest norm of a gradient; 0: any.")]
+Ema = Annotated[float, typer.Option(min=0, help="Decay of the average of the weights that predicts; 0: the last ones.")]
+EarlyStopping = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Epochs without a better score on one training patient, kept for that, until training stops; 0: never.",
+    ),
+]
+Balance = Annotated[bool, typer.Option(help="Every slide gives as many spots to an epoch.")]
+WeightDecay = Annotated[float, typer.Option(help="Weight decay of the optimizer.")]
 Jitter = Annotated[float, typer.Option(help="Largest relative change of a colour channel in training.")]
 Checkpoints = Annotated[
     Path | None,
@@ -277,12 +310,12 @@ def _model_options(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
-def _m2ost_options(given: dict[str, Any]) -> M2OSTOptions:
+def _m2ost_options(given: dict[str, Any], cache: Path) -> M2OSTOptions:
     """Pick what `M2OSTOptions` takes out of the arguments of a command."""
     from histrata.expression.training import M2OSTOptions
 
     chosen = {field.name: given[field.name] for field in fields(M2OSTOptions) if field.name in given}
-    return M2OSTOptions(**chosen, model_options=_model_options(given["model_option"]))
+    return M2OSTOptions(**chosen | {"cache": cache}, model_options=_model_options(given["model_option"]))
 
 
 @m2ost.command("evaluate")
@@ -295,13 +328,28 @@ def m2ost_evaluate(
     model_option: ModelOption = [],  # noqa: B006
     levels: Levels = 3,
     field_um: FieldUm = 154.0,
+    mpp: LevelMpp = [],  # noqa: B006
     size: Size = None,
+    tokens: Tokens = "patches",
+    encoder: Encoder = None,
+    encoder_weights: EncoderWeights = None,
+    token_grid: TokenGrid = 4,
+    cache: Cache = None,
     panel: Panel = "highly_expressed",
     n_genes: NGenes = 250,
+    loss: Loss = "mse",
+    standardise: Standardise = True,
+    smooth_um: SmoothUm = 0.0,
     epochs: Epochs = 15,
     batch_size: BatchSize = 32,
+    optimizer: Optimizer = "adamw",
     learning_rate: LearningRate = 1e-3,
     weight_decay: WeightDecay = 0.05,
+    warmup: Warmup = 0.3,
+    clip: Clip = 1.0,
+    ema: Ema = 0.0,
+    early_stopping: EarlyStopping = 0,
+    balance: Balance = False,
     jitter: Jitter = 0.05,
     seed: Seed = 0,
     checkpoints: Checkpoints = None,
@@ -316,7 +364,7 @@ def m2ost_evaluate(
     given = locals()
     from histrata.expression.evaluation import evaluate
 
-    options = _m2ost_options(given)
+    options = _m2ost_options(given, cache or out / "tokens")
     evaluate(folders, out, options, folds=folds, k=k, checkpoints=checkpoints or out / "checkpoints-folds")
 
 
@@ -329,13 +377,28 @@ def m2ost_train(
     model_option: ModelOption = [],  # noqa: B006
     levels: Levels = 3,
     field_um: FieldUm = 154.0,
+    mpp: LevelMpp = [],  # noqa: B006
     size: Size = None,
+    tokens: Tokens = "patches",
+    encoder: Encoder = None,
+    encoder_weights: EncoderWeights = None,
+    token_grid: TokenGrid = 4,
+    cache: Cache = None,
     panel: Panel = "highly_expressed",
     n_genes: NGenes = 250,
+    loss: Loss = "mse",
+    standardise: Standardise = True,
+    smooth_um: SmoothUm = 0.0,
     epochs: Epochs = 15,
     batch_size: BatchSize = 32,
+    optimizer: Optimizer = "adamw",
     learning_rate: LearningRate = 1e-3,
     weight_decay: WeightDecay = 0.05,
+    warmup: Warmup = 0.3,
+    clip: Clip = 1.0,
+    ema: Ema = 0.0,
+    early_stopping: EarlyStopping = 0,
+    balance: Balance = False,
     jitter: Jitter = 0.05,
     seed: Seed = 0,
     checkpoints: Checkpoints = None,
@@ -348,7 +411,7 @@ def m2ost_train(
     given = locals()
     from histrata.expression.final import train_final
 
-    options = _m2ost_options(given)
+    options = _m2ost_options(given, cache or out.parent / "tokens")
     train_final(
         folders,
         out,
@@ -367,6 +430,8 @@ def m2ost_predict(
         typer.Option(help="folds/ of an evaluation: a slide held out there is predicted by its fold's model."),
     ] = None,
     evaluation: Annotated[Path | None, typer.Option(help="evaluation.tsv: figures of each gene.")] = None,
+    encoder_weights: EncoderWeights = None,
+    cache: Cache = None,
     device: Device = "auto",
 ) -> None:
     """Predict expression at every spot of a slide; write expression.h5ad.
@@ -375,7 +440,16 @@ def m2ost_predict(
     """
     from histrata.expression.prediction import predict
 
-    predict(folder, SlideFolder(folder).expression, model, folds=folds, evaluation=evaluation, device=device)
+    predict(
+        folder,
+        SlideFolder(folder).expression,
+        model,
+        folds=folds,
+        evaluation=evaluation,
+        encoder_weights=encoder_weights,
+        cache=cache,
+        device=device,
+    )
 
 
 Patients = Annotated[Path, typer.Argument(help="The patient sheet (TSV).")]

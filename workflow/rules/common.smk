@@ -67,6 +67,8 @@ def flags(section, leave_out=()):
         option = f"--{key.replace('_', '-')}"
         if key in leave_out or value is None:
             continue
+        elif isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
         elif isinstance(value, dict):
             for name, inner in value.items():
                 words += [option.rstrip("s"), f"{name}={inner}"]
@@ -81,7 +83,14 @@ def flags(section, leave_out=()):
 def m2ost_flags(leave_out=()):
     """Return the options that evaluation and training share."""
     section = config["m2ost"] | ({"panel": PANEL} if PANEL else {})
+    if section["tokens"] == "encoder":
+        section |= {"encoder": config["embed"]["encoder"]} | encoder_weights()
     return flags(section, leave_out=("pretrained", *leave_out))
+
+
+def encoder_weights():
+    """Return the file of the encoder whose tokens M2OST takes, as an option of its command."""
+    return {"encoder_weights": WEIGHTS or None}
 
 
 def verdicts():

@@ -3,6 +3,7 @@ rule m2ost_evaluate:
         pyramids=of_measured("pyramid.ome.zarr"),
         spots=of_measured("spots.h5ad"),
         panel=PANEL,
+        weights=WEIGHTS,
     output:
         evaluation="results/m2ost/evaluation.tsv",
         summary=report(
@@ -36,6 +37,7 @@ rule m2ost_train:
         spots=of_measured("spots.h5ad"),
         evaluation=evaluation,
         panel=PANEL,
+        weights=WEIGHTS,
     output:
         directory("results/m2ost/model"),
     log:
@@ -65,6 +67,7 @@ rule m2ost_predict:
         model=model,
         folds=folds,
         evaluation=evaluation,
+        weights=WEIGHTS,
     output:
         "results/slides/{slide}/expression.h5ad",
     log:
@@ -82,5 +85,6 @@ rule m2ost_predict:
     params:
         folds=folds_flag,
         evaluation=evaluation_flag,
+        encoder=flags(encoder_weights()),
     shell:
-        "histrata m2ost predict results/slides/{wildcards.slide:q} --model {input.model:q} {params.folds} {params.evaluation} --device {resources.device} > {log:q} 2>&1"
+        "histrata m2ost predict results/slides/{wildcards.slide:q} --model {input.model:q} {params.folds} {params.evaluation} {params.encoder} --cache results/m2ost/tokens --device {resources.device} > {log:q} 2>&1"

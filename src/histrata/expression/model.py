@@ -26,6 +26,7 @@ from histrata.devices import find_device
 from histrata.errors import HistrataError
 from histrata.expression.sections import Section
 from histrata.expression.targets import Targets
+from histrata.expression.tokens import SpotTokens, TokenEncoder
 from histrata.expression.windows import Batch, Spots, SpotWindows
 from histrata.files import whole
 from histrata.registry import create_model
@@ -47,6 +48,8 @@ class TrainedModel:
         um/px of each level, finest first, and side of the windows in px.
     config
         What `config.json` says of the model.
+    encoder, cache
+        What makes the tokens, and the folder that keeps them, where the network does not take windows itself.
     """
 
     network: nn.Module
@@ -55,6 +58,8 @@ class TrainedModel:
     mpp: tuple[float, ...]
     size: int
     config: dict[str, Any]
+    encoder: TokenEncoder | None = None
+    cache: Path = Path("results/m2ost/tokens")
 
     def predict(
         self, sections: Sequence[Section], *, batch_size: int = 64, device: str = "auto"
@@ -68,11 +73,13 @@ class TrainedModel:
         """
         where = find_device(device)
         network = self.network.to(where).eval()
-        windows = SpotWindows(sections, self.mpp, self.size)
+        spots: Spots = SpotWindows(sections, self.mpp, self.size)
+        if self.encoder:
+            spots = SpotTokens(sections, self.mpp, self.encoder, self.cache, device=device)
         shape = (0, len(self.genes)) if self.targets.n_outputs == 1 else (0, self.targets.n_outputs, len(self.genes))
         outputs = [np.zeros(shape, dtype=np.float32)]
         with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-            for levels, _ in tqdm(load_batches(windows, range(len(windows)), batch_size), "predict", disable=None):
+            for levels, _ in tqdm(load_batches(spots, range(len(spots)), batch_size), "predict", disable=None):
                 outputs.append(network(scaled(levels, where)).float().cpu().numpy())
         return self.targets.expression(np.concatenate(outputs))
 
@@ -119,13 +126,22 @@ def save_model(model: TrainedModel, folder: Path, card: str, scores: pd.DataFram
         (part / "card.md").write_text(card)
 
 
-def load_model(folder: Path) -> TrainedModel:
+def load_model(folder: Path, encoder_weights: Path | None = None, cache: Path | None = None) -> TrainedModel:
     """Read a model's folder.
+
+    Parameters
+    ----------
+    folder
+        What `save_model` wrote.
+    encoder_weights
+        For a model of an encoder's tokens: the file of its weights; None downloads the pretrained ones.
+    cache
+        Folder of the tokens; None keeps them beside the model.
 
     Raises
     ------
     HistrataError
-        Where a file is missing or does not belong to the others.
+        Where a file is missing or does not belong to the others, or the weights are not those of the training.
     """
     folder = Path(folder)
     try:
@@ -147,4 +163,16 @@ def load_model(folder: Path) -> TrainedModel:
         raise HistrataError(
             f"{folder}: not a whole M2OST model ({reason}); train it again with `histrata m2ost train`"
         ) from error
-    return TrainedModel(network, genes.tolist(), targets, mpp, size, config)
+    encoder = _load_encoder(folder, config["encoder"], encoder_weights) if config.get("encoder") else None
+    return TrainedModel(network, genes.tolist(), targets, mpp, size, config, encoder, cache or folder.parent / "tokens")
+
+
+def _load_encoder(folder: Path, used: dict[str, Any], weights: Path | None) -> TokenEncoder:
+    """Load the encoder that a model was trained with."""
+    encoder = TokenEncoder(used["name"], weights, grid=used["grid"])
+    if encoder.digest != used["sha256"]:
+        raise HistrataError(
+            f"{folder}: the model was trained on tokens of other weights of '{used['name']}' than those of "
+            f"{weights or 'its download'}; give the file that was used as the encoder's weights"
+        )
+    return encoder

@@ -21,6 +21,8 @@ def predict(
     *,
     folds: Path | None = None,
     evaluation: Path | None = None,
+    encoder_weights: Path | None = None,
+    cache: Path | None = None,
     device: str = "auto",
 ) -> None:
     """Predict expression at every spot of a slide; write `expression.h5ad`.
@@ -38,6 +40,8 @@ def predict(
         model was trained on this slide and would only repeat what it learnt. `obs["fold"]` names the fold.
     evaluation
         `evaluation.tsv`; its figures of each gene go into `var`.
+    encoder_weights, cache
+        See `histrata.expression.model.load_model`.
     device
         auto, cpu, cuda or cuda:N.
 
@@ -49,7 +53,7 @@ def predict(
     section = read_section(folder)
     fold = _held_out(section.slide_id, folds) if folds else None
     used = folds / fold if folds and fold else model
-    trained = load_model(used)
+    trained = load_model(used, encoder_weights, cache)
     var = pd.DataFrame(index=pd.Index(trained.genes, name="gene"))
     if evaluation:
         var = var.join(gene_scores(read_evaluation(evaluation)))

@@ -28,11 +28,15 @@ from histrata.expression.metrics import correlation
 from histrata.expression.model import TrainedModel, load_batches, scaled
 from histrata.expression.sections import Section
 from histrata.expression.targets import LOSSES, Targets, fit_targets
-from histrata.expression.windows import Batch, EpochSampler, SpotWindows
+from histrata.expression.tokens import SpotTokens, TokenEncoder
+from histrata.expression.windows import Batch, EpochSampler, Spots, SpotWindows
 from histrata.files import provenance, whole
 from histrata.registry import create_model
 
 _CHECKPOINT = "m2ost-{}.ckpt"
+
+_NO_PARAMETERS = {"device", "cache", "encoder_weights"}
+"""Options that say where, not what; of the encoder's weights, a digest is kept."""
 
 Judge = Callable[[nn.Module], float]
 """Says how well a network predicts; training stops once it gets no better."""
@@ -58,6 +62,14 @@ class M2OSTOptions:
         Side of the windows in px; None takes the variant's.
     panel, n_genes
         Which genes, and how many: see `histrata.expression.panel.choose_panel`.
+    tokens
+        "patches" of the windows' pixels, or of a frozen "encoder".
+    encoder, encoder_weights
+        The encoder: see `histrata.encoders.load_encoder`.
+    token_grid
+        The encoder's map of patches is averaged to so many tokens along a side.
+    cache
+        Folder of the encoder's tokens, which are computed once.
     loss, standardise, smooth_um
         What is learned: see `histrata.expression.targets.fit_targets`.
     epochs, batch_size
@@ -91,6 +103,11 @@ class M2OSTOptions:
     size: int | None = None
     panel: str = "highly_expressed"
     n_genes: int = 250
+    tokens: str = "patches"
+    encoder: str | None = None
+    encoder_weights: Path | None = None
+    token_grid: int = 4
+    cache: Path = Path("results/m2ost/tokens")
     loss: str = "mse"
     standardise: bool = True
     smooth_um: float = 0.0
@@ -118,7 +135,10 @@ class M2OSTOptions:
         for name in ("ema", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be a share below 1")
-        for name, known in (("loss", LOSSES), ("optimizer", tuple(_OPTIMIZERS))):
+        if self.tokens == "encoder" and not self.encoder:
+            raise HistrataError("m2ost.tokens is 'encoder' and no encoder is named; name one as embed.encoder")
+        known_words = {"tokens": ("patches", "encoder"), "loss": LOSSES, "optimizer": tuple(_OPTIMIZERS)}
+        for name, known in known_words.items():
             if getattr(self, name) not in known:
                 raise HistrataError(f"m2ost.{name} is '{getattr(self, name)}'; choose one of {', '.join(known)}")
         if self.field_um <= 0:
@@ -251,24 +271,33 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
     targets, values = fit_targets(
         learned, panel, options.loss, standardise=options.standardise, smooth_um=options.smooth_um
     )
-    network, mpp = _build(panel, targets, options)
+    encoder = None
+    if options.tokens == "encoder":
+        encoder = TokenEncoder(str(options.encoder), options.encoder_weights, grid=options.token_grid)
+    network, size = _build(panel, targets, options, encoder)
     architecture: Any = network.config
-    windows = SpotWindows(
-        learned, mpp, architecture.size, targets=values, augment=True, jitter=options.jitter, seed=options.seed
-    )
+    fields = (options.field_um * wider for wider in architecture.fields_of_view)
+    mpp = tuple(options.mpp) or tuple(field / size for field in fields)
+    spots: Spots
+    if encoder:
+        given: Any = {"targets": values, "seed": options.seed, "device": options.device}
+        spots = SpotTokens(learned, mpp, encoder, options.cache, **given)
+    else:
+        spots = SpotWindows(learned, mpp, size, targets=values, augment=True, jitter=options.jitter, seed=options.seed)
     config = {
         "model": options.model,
         "architecture": asdict(architecture),
         "mpp": list(mpp),
-        "size": architecture.size,
-        "fields_um": [architecture.size * value for value in mpp],
+        "size": size,
+        "fields_um": [size * value for value in mpp],
+        "encoder": encoder and {"name": encoder.name, "grid": encoder.grid, "sha256": encoder.digest},
         "target": "log1p of counts per 10,000 over the whole library",
         "likelihood": {"loss": targets.loss, "library": targets.library},
         "trained_on": {s.slide_id: s.patient_id for s in learned},
         "stopped_by": {s.slide_id: s.patient_id for s in kept},
-        "n_spots": len(windows),
+        "n_spots": len(spots),
         **provenance(
-            {k: v for k, v in asdict(options).items() if k != "device"},
+            {k: v for k, v in asdict(options).items() if k not in _NO_PARAMETERS},
             {f"{s.slide_id}/{s.folder.spots.name}": s.folder.spots for s in sections}
             | {f"{s.slide_id}/{s.folder.pyramid.name}": s.folder.pyramid / "zarr.json" for s in sections},
         ),
@@ -276,7 +305,7 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
     key = hashlib.sha256(json.dumps([config, list(panel)], sort_keys=True).encode()).hexdigest()[:16]
 
     def model_of(predictor: nn.Module) -> TrainedModel:
-        return TrainedModel(predictor, list(panel), targets, mpp, architecture.size, config)
+        return TrainedModel(predictor, list(panel), targets, mpp, size, config, encoder, options.cache)
 
     def judge(predictor: nn.Module) -> float:
         """Return the mean correlation over genes on the sections of the patient that was kept."""
@@ -286,9 +315,9 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
         scores = [correlation(s.targets(panel).astype(np.float64), p) for s, p in zip(kept, predicted, strict=True)]
         return float(np.nanmean(scores))
 
-    steps = options.epochs * -(-len(windows) // options.batch_size)
+    steps = options.epochs * -(-len(spots) // options.batch_size)
     module = _Regression(network, targets, options, steps, judge if kept else None)
-    _fit(module, windows, options, device, Path(checkpoints) / _CHECKPOINT.format(key))
+    _fit(module, spots, options, device, Path(checkpoints) / _CHECKPOINT.format(key))
     if module.best:
         module.predictor.load_state_dict(module.best)
     config["loss"] = [round(loss, 6) for loss in module.losses]
@@ -296,9 +325,13 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
     return model_of(module.predictor.to("cpu"))
 
 
-def _build(panel: Sequence[str], targets: Targets, options: M2OSTOptions) -> tuple[nn.Module, tuple[float, ...]]:
-    """Return a new network, and um/px of its levels."""
+def _build(
+    panel: Sequence[str], targets: Targets, options: M2OSTOptions, encoder: TokenEncoder | None
+) -> tuple[nn.Module, int]:
+    """Return a new network, and the side of the windows that are shown to it or to its encoder."""
     overrides = {**options.model_options, **({"size": options.size} if options.size else {})}
+    if encoder:
+        overrides |= {"tokens": "encoder", "token_count": encoder.n_tokens, "token_dim": encoder.channels}
     network = create_model(
         options.model,
         seed=options.seed,
@@ -308,8 +341,7 @@ def _build(panel: Sequence[str], targets: Targets, options: M2OSTOptions) -> tup
         **overrides,
     )
     architecture: Any = network.config
-    fields = (options.field_um * wider for wider in architecture.fields_of_view)
-    return network, tuple(options.mpp) or tuple(field / architecture.size for field in fields)
+    return network, encoder.size if encoder else architecture.size
 
 
 def _keep_patient(sections: Sequence[Section], options: M2OSTOptions) -> tuple[Sequence[Section], Sequence[Section]]:
@@ -339,7 +371,7 @@ class _AfterEachEpoch(Checkpoint):
             trainer.save_checkpoint(part, weights_only=False)
 
 
-def _fit(module: _Regression, windows: SpotWindows, options: M2OSTOptions, device: torch.device, last: Path) -> None:
+def _fit(module: _Regression, spots: Spots, options: M2OSTOptions, device: torch.device, last: Path) -> None:
     """Run Lightning, from the checkpoint `last` where there is one."""
     with _local_random_state(device), _quiet():
         trainer = lightning.Trainer(
@@ -357,7 +389,7 @@ def _fit(module: _Regression, windows: SpotWindows, options: M2OSTOptions, devic
         )
         trainer.fit(
             module,
-            load_batches(windows, EpochSampler(windows, balanced=options.balance), options.batch_size),
+            load_batches(spots, EpochSampler(spots, balanced=options.balance), options.batch_size),
             ckpt_path=last if last.is_file() else None,
             weights_only=True,
         )
