@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histrata.errors import HistrataError, LeakError
-from histrata.folds import Fold, assert_no_leak, join_subjects, make_folds, make_patient_folds
+from histrata.folds import (
+    Fold,
+    assert_no_leak,
+    join_subjects,
+    make_folds,
+    make_patient_folds,
+    make_serial_folds,
+    make_validation,
+)
 
 SHEET = pd.DataFrame(
     {
@@ -148,3 +156,100 @@ def test_bad_parameters():
         make_patient_folds(patients)
     with pytest.raises(HistrataError, match="more than one row"):
         make_patient_folds(patients.assign(patient_id="a", event=1))
+
+
+# --- folds of a user's table --------------------------------------------------------------------
+
+
+def given_folds(tmp_path, text):
+    path = tmp_path / "folds.tsv"
+    path.write_text(text)
+    return str(path)
+
+
+def test_folds_of_a_table_hold_out_what_it_says(tmp_path, caplog):
+    text = "fold\tpatient_id\nsecond\tB\nfirst\tC\nfirst\tF\nfirst\tnobody\n"
+    folds = make_folds(SHEET, given_folds(tmp_path, text))
+    assert folds == [
+        Fold("first", ("B4", "D1", "E1"), ("C2", "C3", "F1")),
+        Fold("second", ("C2", "C3", "D1", "E1", "F1"), ("B4",)),
+    ]
+    assert "1 patient_id(s) have no measured slide, such as 'nobody'" in caplog.text
+    by_slide = "fold\tslide_id\nfirst\tC2\nsecond\tB4\nfirst\tF1\nfirst\tC3\n"
+    assert make_folds(SHEET.iloc[::-1], given_folds(tmp_path, by_slide)) == folds
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("fold\tslide_id\na\tC2\n", "has subject 'C'"),
+        ("fold\tpatient_id\na\tD\n", "has subject 'D'"),
+    ],
+)
+def test_a_table_that_parts_a_subject_leaks(tmp_path, text, says):
+    with pytest.raises(LeakError, match=says):
+        make_folds(SHEET, given_folds(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not a table of folds"),
+        ("fold,patient_id\na,B\n", r"found the columns fold,patient_id; a table of folds has"),
+        ("fold\tpatient\na\tB\n", "one of patient_id and slide_id"),
+        ("fold\tpatient_id\tslide_id\na\tB\tB4\n", "one of patient_id and slide_id"),
+        ("fold\tpatient_id\n", "has no rows"),
+        ("fold\tpatient_id\n\tB\n", r"folds\.tsv, row 2, column fold: found ''"),
+        ("fold\tpatient_id\n../up\tB\n", r"row 2, column fold: found '\.\./up'"),
+        ("fold\tpatient_id\na\tB\nb\tB\n", r"row 3: slide 'B4' is held out by fold 'b' and, .* by fold 'a'"),
+        ("fold\tpatient_id\na\tB\na\tB\n", r"row 3: slide 'B4' is held out by fold 'a' and"),
+        ("fold\tpatient_id\na\tnobody\n", "fold 'a' holds out no measured slide"),
+        ("fold\tpatient_id\n" + "".join(f"a\t{p}\n" for p in "BCDEF"), "holds out every measured slide"),
+    ],
+)
+def test_tables_that_are_not_of_folds(tmp_path, text, says):
+    with pytest.raises(HistrataError, match=says):
+        make_folds(SHEET, given_folds(tmp_path, text))
+
+
+# --- splits within a fold -----------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows, st.integers(0, 5), st.randoms())
+def test_validation_sets_one_training_subject_apart(rows, seed, random):
+    table = slides(rows)
+    subject = join_subjects(table)
+    if len(set(subject.values())) < 2:
+        return
+    subject_of = {row.slide_id: subject[row.patient_id] for row in table.itertuples()}
+    order = list(range(len(table)))
+    random.shuffle(order)
+    for fold in make_folds(table, seed=seed):
+        inner = make_validation(fold, table, seed)
+        if len(set(subject.values())) == 2:
+            assert inner is None
+            continue
+        assert sorted(inner.train + inner.test) == sorted(fold.train)
+        sides = [{subject_of[s] for s in side} for side in (inner.train, inner.test, fold.test)]
+        assert len(sides[1]) == 1
+        assert not sides[0] & sides[1]
+        assert not (sides[0] | sides[1]) & sides[2]
+        assert make_validation(fold, table.iloc[order], seed) == inner
+
+
+def test_another_seed_validates_on_another_subject():
+    table = slides([(i, i) for i in range(9)])
+    (fold, *_) = make_folds(table)
+    assert len({make_validation(fold, table, seed).test for seed in range(20)}) > 4
+
+
+def test_serial_folds_leave_the_other_slides_of_the_subject_in_training():
+    folds = {fold.name: fold for fold in make_folds(SHEET)}
+    assert make_serial_folds(folds["B"], SHEET) == []
+    assert make_serial_folds(folds["C"], SHEET) == [
+        Fold("C2", ("B4", "C3", "D1", "E1", "F1"), ("C2",)),
+        Fold("C3", ("B4", "C2", "D1", "E1", "F1"), ("C3",)),
+    ]
+    # Patients that share an image are one subject.
+    assert [fold.name for fold in make_serial_folds(folds["D"], SHEET)] == ["D1", "E1"]

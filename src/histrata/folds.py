@@ -8,19 +8,24 @@ the ids and the seed alone, never on the order of rows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from histrata.errors import HistrataError, LeakError
+from histrata.errors import HistrataError, LeakError, quoted
 
 log = logging.getLogger(__name__)
 
 SCHEMES = ("leave-one-patient-out", "grouped-k-fold")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+"""Names of folds are names of folders too."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Fold:
 
 
 def make_folds(slides: pd.DataFrame, scheme: str = "leave-one-patient-out", k: int = 5, seed: int = 0) -> list[Fold]:
-    """Split slides so that every slide is held out once and no subject is on both sides.
+    """Split slides so that no slide is held out twice and no subject is on both sides.
 
     Parameters
     ----------
@@ -42,7 +47,9 @@ def make_folds(slides: pd.DataFrame, scheme: str = "leave-one-patient-out", k: i
         one image from another.
     scheme
         `leave-one-patient-out`: one fold a subject, named after the first of its patients;
-        `grouped-k-fold`: subjects dealt into `k` folds of about the same number of slides.
+        `grouped-k-fold`: subjects dealt into `k` folds of about the same number of slides; or the path of
+        a table (TSV) with the column `fold` and one of `patient_id` and `slide_id`: a row for each patient,
+        or slide, that a fold holds out. Slides that no fold holds out are always trained on.
     k
         Number of folds of `grouped-k-fold`; never more than there are subjects.
     seed
@@ -51,21 +58,27 @@ def make_folds(slides: pd.DataFrame, scheme: str = "leave-one-patient-out", k: i
     Raises
     ------
     HistrataError
-        Fewer than two subjects, an id that is empty or double, or an unknown scheme.
+        Fewer than two subjects, an id that is empty or double, an unknown scheme, or a table that is not
+        one of folds.
+    LeakError
+        Where a table of folds holds out only a part of a subject's slides.
     """
     _require(slides, "slide_id", ["slide_id", "patient_id", "image"])
     patient_of = dict(zip(slides["slide_id"].astype(str), slides["patient_id"].astype(str), strict=True))
-    subject_of_patient = join_subjects(slides)
-    subject_of = {slide: subject_of_patient[patient_of[slide]] for slide in sorted(patient_of)}
+    subject_of = _subjects(slides)
     sizes = pd.Series(subject_of).value_counts().sort_index()
     _at_least_two(len(sizes), "slides")
+    if scheme not in SCHEMES and Path(scheme).is_file():
+        held_out = _given(Path(scheme), patient_of)
+        return [_fold(name, ids, subject_of) for name, ids in held_out.items()]
     if scheme == "leave-one-patient-out":
         sides = {str(subject): frozenset([str(subject)]) for subject in sizes.index}
     elif scheme == "grouped-k-fold":
         sides = _deal(sizes, sizes * 0, _number(k, len(sizes)), seed)
     else:
         raise HistrataError(
-            f"The scheme of the folds is '{scheme}', which is none of {', '.join(SCHEMES)}; choose one of these."
+            f"The scheme of the folds is '{scheme}', which is none of {', '.join(SCHEMES)} and not a file; choose "
+            "one of these, or give the path of a table (TSV) of what each fold holds out."
         )
     return _folds(sides, subject_of)
 
@@ -162,14 +175,129 @@ def assert_no_leak(fold: Fold, subject_of: Mapping[str, str]) -> None:
 
 def _folds(sides: Mapping[str, frozenset[str]], subject_of: Mapping[str, str]) -> list[Fold]:
     """Turn the subjects held out in each fold into folds of ids, and check every one."""
-    folds = []
-    for name, held_out in sides.items():
-        test = tuple(sorted(i for i, subject in subject_of.items() if subject in held_out))
-        train = tuple(sorted(i for i, subject in subject_of.items() if subject not in held_out))
-        fold = Fold(name, train, test)
-        assert_no_leak(fold, subject_of)
-        folds.append(fold)
-    return folds
+    return [
+        _fold(name, {i for i, subject in subject_of.items() if subject in held_out}, subject_of)
+        for name, held_out in sides.items()
+    ]
+
+
+def _fold(name: str, held_out: Collection[str], subject_of: Mapping[str, str]) -> Fold:
+    """Make the fold that trains on every id but those held out, and check it."""
+    fold = Fold(name, tuple(sorted(set(subject_of) - set(held_out))), tuple(sorted(held_out)))
+    assert_no_leak(fold, subject_of)
+    return fold
+
+
+def _given(path: Path, patient_of: Mapping[str, str]) -> dict[str, set[str]]:
+    """Read what each fold of a user's table holds out, in the order of the folds' names."""
+    try:
+        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise HistrataError(
+            f"{path}: not a table of folds ({quoted(error)}); give a TSV with the columns fold and patient_id, "
+            "or fold and slide_id"
+        ) from error
+    keys = [column for column in ("patient_id", "slide_id") if column in table]
+    if "fold" not in table or len(keys) != 1:
+        raise HistrataError(
+            f"{path}: found the columns {', '.join(map(str, table))}; a table of folds has the column fold and one of "
+            "patient_id and slide_id"
+        )
+    held_out: dict[str, set[str]] = {}
+    fold_of: dict[str, str] = {}
+    unknown = []
+    for row, (fold, name) in enumerate(
+        zip(table["fold"].str.strip(), table[keys[0]].str.strip(), strict=True), start=2
+    ):
+        if not _NAME.fullmatch(fold):
+            raise HistrataError(
+                f"{path}, row {row}, column fold: found '{fold}'; name the fold with letters, digits, '.', '_' and '-'"
+            )
+        slides = {s for s, patient in patient_of.items() if name == (patient if keys[0] == "patient_id" else s)}
+        if not slides:
+            unknown.append(name)
+        for slide in sorted(slides):
+            if slide in fold_of:
+                raise HistrataError(
+                    f"{path}, row {row}: slide '{slide}' is held out by fold '{fold}' and, in a row before, by fold "
+                    f"'{fold_of[slide]}'; hold each slide out at most once"
+                )
+            fold_of[slide] = fold
+        held_out.setdefault(fold, set()).update(slides)
+    if unknown:
+        log.warning("%s: %d %s(s) have no measured slide, such as '%s'", path, len(unknown), keys[0], unknown[0])
+    _refuse_useless(path, held_out, len(patient_of))
+    return dict(sorted(held_out.items()))
+
+
+def _refuse_useless(path: Path, held_out: Mapping[str, Collection[str]], n_slides: int) -> None:
+    """Raise where the folds of a table leave nothing to train on or to test on."""
+    if not held_out:
+        raise HistrataError(f"{path}: the table of folds has no rows; add one for each patient that a fold holds out")
+    for name, slides in held_out.items():
+        if not 0 < len(slides) < n_slides:
+            which = "every measured slide" if slides else "no measured slide"
+            raise HistrataError(
+                f"{path}: fold '{name}' holds out {which}, and a fold needs some to train on and some to test on; "
+                "correct the ids"
+            )
+
+
+def make_validation(fold: Fold, slides: pd.DataFrame, seed: int = 0) -> Fold | None:
+    """Split the training slides of a fold once more: one training subject is set apart for validation.
+
+    Parameters
+    ----------
+    fold
+        A fold of `make_folds`. What it holds out is on neither side.
+    slides
+        The table that the fold was made of.
+    seed
+        With the fold's name, what the subject is drawn from.
+
+    Returns
+    -------
+    Fold
+        Slides to train on as `train`, those to validate on as `test`, with the name of the fold; None where the fold
+        trains on one subject only.
+    """
+    subject_of = _subjects(slides)
+    inner = {slide: subject_of[slide] for slide in fold.train}
+    subjects = sorted(set(inner.values()))
+    if len(subjects) < 2:
+        return None
+    drawn = np.random.default_rng((seed, zlib.crc32(fold.name.encode()))).integers(len(subjects))
+    return _folds({fold.name: frozenset([subjects[drawn]])}, inner)[0]
+
+
+def make_serial_folds(fold: Fold, slides: pd.DataFrame) -> list[Fold]:
+    """Split as many do who split by slide: hold out one test slide alone and train on all others.
+
+    **These folds leak**, on purpose: where a subject has several slides, its others are trained on. They show how much
+    better a figure looks that way, and their results must be labelled as leaky.
+
+    Parameters
+    ----------
+    fold
+        A fold of `make_folds`.
+    slides
+        The table that the fold was made of.
+
+    Returns
+    -------
+    list[Fold]
+        One, named after its slide, for each test slide of `fold` whose subject has another slide.
+    """
+    subject_of = _subjects(slides)
+    shared = {slide for slide in fold.test if list(subject_of.values()).count(subject_of[slide]) > 1}
+    return [Fold(slide, tuple(s for s in subject_of if s != slide), (slide,)) for slide in sorted(shared)]
+
+
+def _subjects(slides: pd.DataFrame) -> dict[str, str]:
+    """Map each slide to its subject, in the order of the slides' names."""
+    subject_of_patient = join_subjects(slides)
+    pairs = zip(slides["slide_id"].astype(str), slides["patient_id"].astype(str), strict=True)
+    return {slide: subject_of_patient[patient] for slide, patient in sorted(pairs)}
 
 
 def _deal(sizes: pd.Series, events: pd.Series, k: int, seed: int) -> dict[str, frozenset[str]]:
