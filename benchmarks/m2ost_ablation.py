@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from histrata.expression.baselines import colour_ridge
 from histrata.expression.metrics import correlation
 from histrata.expression.panel import choose_panel
-from histrata.expression.sections import Section, read_measured_sections
+from histrata.expression.sections import Section, read_measured_sections, slide_table
 from histrata.expression.training import M2OSTOptions, train
 from histrata.folds import Fold, make_folds
 
@@ -70,10 +69,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sections = {s.slide_id: s for s in read_measured_sections(options.folders)}
-    slides = pd.DataFrame(
-        {"slide_id": s.slide_id, "patient_id": s.patient_id, "image": s.image} for s in sections.values()
-    )
-    folds = [fold for fold in make_folds(slides) if not options.folds or fold.name in options.folds]
+    folds = [
+        fold
+        for fold in make_folds(slide_table([*sections.values()]))
+        if not options.folds or fold.name in options.folds
+    ]
     common = {"field_um": options.field_um, "epochs": options.epochs}
     variants = {name: M2OSTOptions(**common, model_options=keys) for name, keys in MODEL.items()}
     variants |= {name: M2OSTOptions(**common | keys) for name, keys in TRAINING.items()}

@@ -9,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import nbinom, norm
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError
+from histrata.expression.metrics import correlation
 from histrata.expression.model import load_model, save_model
 from histrata.expression.panel import choose_panel
 from histrata.expression.sections import read_measured_sections
@@ -239,6 +241,73 @@ def test_the_learning_rate_rises_and_falls(sections, panel, tiny, tmp_path, monk
     assert rates[-1] < 1e-4
 
 
+def test_training_stops_on_a_patient_that_it_does_not_learn_from(cohort, panel, tiny, tmp_path, monkeypatch):
+    sections = read_measured_sections(cohort.measured)
+    options = replace(tiny, epochs=12, early_stopping=2, learning_rate=0.0)
+    model = train(sections, panel, options, tmp_path / "checkpoints")
+    (patient,) = set(model.config["stopped_by"].values())
+    assert patient not in model.config["trained_on"].values()
+    assert {*model.config["stopped_by"], *model.config["trained_on"]} == {s.slide_id for s in sections}
+    learned = [s for s in sections if s.slide_id in model.config["trained_on"]]
+    targets = np.concatenate([s.targets(panel) for s in learned])
+    np.testing.assert_allclose(model.targets.mean, targets.mean(axis=0), rtol=1e-5)
+    # Nothing is learned at a rate of 0: the first epoch stays the best.
+    assert len(model.config["stopping_score"]) == len(model.config["loss"]) == 3
+    # A run that had stopped is not gone on with.
+    again = train(sections, panel, options, tmp_path / "checkpoints")
+    assert again.config == model.config
+
+
+def test_the_best_epoch_is_taken(cohort, panel, tiny, tmp_path):
+    sections = read_measured_sections(cohort.measured)
+    model = train(sections, panel, replace(tiny, epochs=6, early_stopping=6, ema=0.5), tmp_path / "long")
+    scores = model.config["stopping_score"]
+    kept = [s for s in sections if s.slide_id in model.config["stopped_by"]]
+    found = [np.nanmean(correlation(s.targets(panel), model.predict([s], device="cpu")[0])) for s in kept]
+    assert np.mean(found) == pytest.approx(max(scores), abs=1e-5)
+
+
+def test_a_single_patient_has_none_to_spare(sections, panel, tiny, tmp_path, caplog):
+    model = train(sections[:1], panel, replace(tiny, epochs=1, early_stopping=2), tmp_path)
+    assert model.config["stopped_by"] == {}
+    assert "Early stopping needs a second training patient" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory):
+    """Random weights of a small encoder."""
+    file = tmp_path_factory.mktemp("encoder") / "weights.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = timm.create_model("test_vit", pretrained=False, num_classes=0)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, file)
+    return file
+
+
+def test_tokens_of_an_encoder_feed_the_model(sections, panel, tiny, tmp_path, encoder_file):
+    options = replace(
+        tiny,
+        tokens="encoder",
+        encoder="test_vit",
+        encoder_weights=encoder_file,
+        token_grid=2,
+        cache=tmp_path / "tokens",
+    )
+    model = train(sections, panel, options, tmp_path / "checkpoints")
+    assert model.config["loss"][-1] < model.config["loss"][0]
+    assert model.config["fields_um"] == pytest.approx([options.field_um, 2 * options.field_um])
+    files = sorted((tmp_path / "tokens").iterdir())
+    assert len(files) == 4  # two slides, two levels
+    save_model(model, tmp_path / "model", "")
+    again = load_model(tmp_path / "model", encoder_file, tmp_path / "tokens")
+    np.testing.assert_array_equal(again.predict(sections, device="cpu")[0], model.predict(sections, device="cpu")[0])
+    assert sorted((tmp_path / "tokens").iterdir()) == files
+    other = tmp_path / "other.safetensors"
+    save_file({name: value + 1 for name, value in load_file(encoder_file).items()}, other)
+    with pytest.raises(HistrataError, match=r"trained on tokens of other weights of 'test_vit' than those of .*other"):
+        load_model(tmp_path / "model", other)
+
+
 # --- stopped and resumed ------------------------------------------------------------------------
 
 
@@ -272,6 +341,30 @@ def test_a_stopped_training_goes_on_to_the_same_weights(trained, sections, panel
     assert seen == [3]
     assert resumed.config == trained[0].config
     assert weights(resumed, tmp_path / "model") == (trained[1] / "model.safetensors").read_bytes()
+
+
+def test_a_training_that_is_killed_within_an_epoch_goes_on_to_the_same_weights(
+    trained, sections, panel, tiny, tmp_path, monkeypatch
+):
+    options = replace(tiny, ema=0.9, early_stopping=9, model_options=tiny.model_options | {"dropout": 0.2})
+    unbroken = train(sections, panel, options, tmp_path / "unbroken")
+    read, calls = SpotWindows.__getitems__, []
+
+    def dying(self, indices):
+        if self.augment and self.epoch == 2:
+            calls.append(len(indices))
+            if len(calls) == 2:
+                raise RuntimeError("the power went out")
+        return read(self, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SpotWindows, "__getitems__", dying)
+        with pytest.raises(RuntimeError, match="power went out"):
+            train(sections, panel, options, tmp_path / "killed")
+    resumed = train(sections, panel, options, tmp_path / "killed")
+    assert resumed.config == unbroken.config
+    for name, value in resumed.network.state_dict().items():
+        torch.testing.assert_close(value, unbroken.network.state_dict()[name], atol=1e-6, rtol=0)
 
 
 def test_a_finished_training_is_not_repeated(trained, sections, panel, tiny, tmp_path, monkeypatch):

@@ -63,6 +63,11 @@ class Section:
         return values
 
 
+def slide_table(sections: Sequence[Section]) -> pd.DataFrame:
+    """Return what folds are made from: `slide_id`, `patient_id` and `image` of each section."""
+    return pd.DataFrame({"slide_id": s.slide_id, "patient_id": s.patient_id, "image": s.image} for s in sections)
+
+
 def read_section(folder: Path) -> Section:
     """Read the spots and the pyramid of a slide's result folder, with every spot."""
     paths = SlideFolder(folder)

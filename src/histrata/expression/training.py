@@ -26,12 +26,15 @@ from histrata.devices import find_device
 from histrata.errors import HistrataError
 from histrata.expression.metrics import correlation
 from histrata.expression.model import TrainedModel, load_batches, scaled
-from histrata.expression.sections import Section
+from histrata.expression.sections import Section, slide_table
 from histrata.expression.targets import LOSSES, Targets, fit_targets
 from histrata.expression.tokens import SpotTokens, TokenEncoder
 from histrata.expression.windows import Batch, EpochSampler, Spots, SpotWindows
 from histrata.files import provenance, whole
+from histrata.folds import Fold, make_validation
 from histrata.registry import create_model
+
+log = logging.getLogger(__name__)
 
 _CHECKPOINT = "m2ost-{}.ckpt"
 
@@ -346,9 +349,16 @@ def _build(
 
 def _keep_patient(sections: Sequence[Section], options: M2OSTOptions) -> tuple[Sequence[Section], Sequence[Section]]:
     """Return the sections to learn from, and those of the patient that says when to stop."""
-    if not options.early_stopping:
+    slides = slide_table(sections)
+    everything = Fold("early_stopping", tuple(s.slide_id for s in sections), ())
+    fold = make_validation(everything, slides, options.seed) if options.early_stopping else None
+    if options.early_stopping and fold is None:
+        log.warning(
+            "Early stopping needs a second training patient; training goes on for all %d epochs", options.epochs
+        )
+    if fold is None:
         return sections, ()
-    raise NotImplementedError
+    return [s for s in sections if s.slide_id in fold.train], [s for s in sections if s.slide_id in fold.test]
 
 
 def remove_checkpoints(folder: Path) -> None:
