@@ -273,6 +273,16 @@ def test_a_single_patient_has_none_to_spare(sections, panel, tiny, tmp_path, cap
     assert "Early stopping needs a second training patient" in caplog.text
 
 
+def test_two_processes_share_a_step(sections, panel, tiny, tmp_path):
+    """Each has half of the spots, and both together learn what one learns from all of them."""
+    same = replace(tiny, epochs=2, batch_size=16, model_options=tiny.model_options | {"dropout": 0.0})
+    alone = train(sections, panel, same, tmp_path / "alone")
+    shared = train(sections, panel, replace(same, processes=2), tmp_path / "shared")
+    assert shared.config["loss"] == pytest.approx(alone.config["loss"], abs=1e-4)
+    for name, value in shared.network.state_dict().items():
+        torch.testing.assert_close(value, alone.network.state_dict()[name], atol=1e-4, rtol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def encoder_file(tmp_path_factory):
     """Random weights of a small encoder."""

@@ -293,6 +293,9 @@ EarlyStopping = Annotated[
 Balance = Annotated[bool, typer.Option(help="Every slide gives as many spots to an epoch.")]
 WeightDecay = Annotated[float, typer.Option(help="Weight decay of the optimizer.")]
 Jitter = Annotated[float, typer.Option(help="Largest relative change of a colour channel in training.")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that share a training, one for each of several GPUs, from the first on.")
+]
 Checkpoints = Annotated[
     Path | None,
     typer.Option(help="Folder for the state of the training, from which a stopped one goes on."),
@@ -351,6 +354,7 @@ def m2ost_evaluate(
     early_stopping: EarlyStopping = 0,
     balance: Balance = False,
     jitter: Jitter = 0.05,
+    processes: Processes = 1,
     seed: Seed = 0,
     checkpoints: Checkpoints = None,
     device: Device = "auto",
@@ -400,6 +404,7 @@ def m2ost_train(
     early_stopping: EarlyStopping = 0,
     balance: Balance = False,
     jitter: Jitter = 0.05,
+    processes: Processes = 1,
     seed: Seed = 0,
     checkpoints: Checkpoints = None,
     device: Device = "auto",

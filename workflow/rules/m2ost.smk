@@ -22,7 +22,7 @@ rule m2ost_evaluate:
     resources:
         mem_mb=16000,
         runtime=1440,
-        gpu=GPU,
+        gpu=GPU * config["m2ost"]["processes"],
         device=config["device"],
     params:
         folders=measured_folders,
@@ -50,7 +50,7 @@ rule m2ost_train:
     resources:
         mem_mb=16000,
         runtime=1440,
-        gpu=GPU,
+        gpu=GPU * config["m2ost"]["processes"],
         device=config["device"],
     params:
         folders=measured_folders,

@@ -88,9 +88,12 @@ def load_batches(windows: Spots, order: Any, batch_size: int) -> DataLoader[Batc
     """Load whole batches of windows in an order (indices, or a sampler)."""
     # A loader draws a seed for its workers even without any: not from torch's global generator.
     source: Any = windows
-    return DataLoader(
-        source, batch_size=batch_size, sampler=order, collate_fn=lambda batch: batch, generator=torch.Generator()
-    )
+    kept: Any = _as_it_is
+    return DataLoader(source, batch_size=batch_size, sampler=order, collate_fn=kept, generator=torch.Generator())
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 def scaled(levels: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

@@ -8,9 +8,9 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,22 @@ _CHECKPOINT = "m2ost-{}.ckpt"
 _NO_PARAMETERS = {"device", "cache", "encoder_weights"}
 """Options that say where, not what; of the encoder's weights, a digest is kept."""
 
-Judge = Callable[[nn.Module], float]
-"""Says how well a network predicts; training stops once it gets no better."""
+
+@dataclass(frozen=True)
+class _Judge:
+    """Says how well a network predicts sections that it does not learn from."""
+
+    model: TrainedModel
+    sections: Sequence[Section]
+
+    def __call__(self, network: nn.Module, device: torch.device) -> float:
+        """Return the mean correlation over genes and sections."""
+        was_training = network.training
+        model = replace(self.model, network=network)
+        predicted = [model.predict([section], device=str(device))[0] for section in self.sections]
+        network.train(was_training)
+        truths = (section.targets(model.genes).astype(np.float64) for section in self.sections)
+        return float(np.nanmean([correlation(t, p) for t, p in zip(truths, predicted, strict=True)]))
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,8 @@ class M2OSTOptions:
         What weights, order and augmentation are drawn from.
     device
         auto, cpu, cuda or cuda:N; bf16 mixed precision on a GPU.
+    processes
+        Processes that share each step of the training: one for each of several GPUs, from the first on.
     """
 
     model: str = "m2ost_small"
@@ -127,9 +143,10 @@ class M2OSTOptions:
     jitter: float = 0.05
     seed: int = 0
     device: str = "auto"
+    processes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("levels", "n_genes", "epochs", "batch_size"):
+        for name in ("levels", "n_genes", "epochs", "batch_size", "processes"):
             if getattr(self, name) < 1:
                 raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("seed", "smooth_um", "early_stopping"):
@@ -163,7 +180,7 @@ class _Regression(lightning.LightningModule):
     """A network that learns the targets of a panel."""
 
     def __init__(
-        self, network: nn.Module, targets: Targets, options: M2OSTOptions, steps: int, judge: Judge | None
+        self, network: nn.Module, targets: Targets, options: M2OSTOptions, steps: int, judge: _Judge | None
     ) -> None:
         super().__init__()
         self.network, self.targets, self.options, self.steps, self.judge = network, targets, options, steps, judge
@@ -186,14 +203,15 @@ class _Regression(lightning.LightningModule):
         return bool(self.judge and scores and len(scores) - 1 - int(np.argmax(scores)) >= patience)
 
     def on_train_epoch_start(self) -> None:
-        """Draw the epoch's order, augmentation and dropout from the seed and the epoch alone."""
+        """Let the epoch's order and augmentation be drawn from the seed and the epoch alone."""
         loader: Any = self.trainer.train_dataloader
         loader.dataset.epoch = self.current_epoch
-        torch.manual_seed(self.options.seed * 100_003 + self.current_epoch)
         self._sum, self._n = 0.0, 0
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:  # noqa: ARG002 (Lightning's signature)
-        """Skip what is left where a run that had stopped early is taken up again."""
+        """Draw the epoch's dropout as its order; skip what is left where a run that had stopped early is taken up."""
+        if batch_idx == 0:
+            torch.manual_seed(self.options.seed * 100_003 + self.current_epoch + 1_000_000_007 * self.global_rank)
         return -1 if self.has_stopped else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:  # noqa: ARG002 (Lightning's signature)
@@ -213,9 +231,11 @@ class _Regression(lightning.LightningModule):
         """Note the mean loss of the epoch, and how well the patient that was kept for it is predicted."""
         if self.has_stopped:
             return
-        self.losses.append(self._sum / self._n)
+        gathered: Any = self.all_gather(torch.tensor([self._sum, self._n], dtype=torch.float64))
+        total, n = gathered.reshape(-1, 2).sum(dim=0).tolist()
+        self.losses.append(total / n)
         if self.judge:
-            self.scores.append(self.judge(self.predictor))
+            self.scores.append(self.judge(self.predictor, self.device))
             if int(np.argmax(self.scores)) == len(self.scores) - 1:
                 self.best = {name: value.detach().cpu().clone() for name, value in self.predictor.state_dict().items()}
             self.trainer.should_stop = self.has_stopped
@@ -306,26 +326,15 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
         ),
     }
     key = hashlib.sha256(json.dumps([config, list(panel)], sort_keys=True).encode()).hexdigest()[:16]
-
-    def model_of(predictor: nn.Module) -> TrainedModel:
-        return TrainedModel(predictor, list(panel), targets, mpp, size, config, encoder, options.cache)
-
-    def judge(predictor: nn.Module) -> float:
-        """Return the mean correlation over genes on the sections of the patient that was kept."""
-        model, was_training = model_of(predictor), predictor.training
-        predicted = [model.predict([s], device=str(device))[0] for s in kept]
-        predictor.train(was_training)
-        scores = [correlation(s.targets(panel).astype(np.float64), p) for s, p in zip(kept, predicted, strict=True)]
-        return float(np.nanmean(scores))
-
+    model = TrainedModel(network, list(panel), targets, mpp, size, config, encoder, options.cache)
     steps = options.epochs * -(-len(spots) // options.batch_size)
-    module = _Regression(network, targets, options, steps, judge if kept else None)
+    module = _Regression(network, targets, options, steps, _Judge(model, kept) if kept else None)
     _fit(module, spots, options, device, Path(checkpoints) / _CHECKPOINT.format(key))
     if module.best:
         module.predictor.load_state_dict(module.best)
     config["loss"] = [round(loss, 6) for loss in module.losses]
     config["stopping_score"] = [round(score, 6) for score in module.scores]
-    return model_of(module.predictor.to("cpu"))
+    return replace(model, network=module.predictor.to("cpu"))
 
 
 def _build(
@@ -377,17 +386,26 @@ class _AfterEachEpoch(Checkpoint):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:  # noqa: ARG002 (Lightning's signature)
         """Write the state."""
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(self.file)  # Takes part, and writes nothing.
+            return
         with whole(self.file) as part:
             trainer.save_checkpoint(part, weights_only=False)
 
 
 def _fit(module: _Regression, spots: Spots, options: M2OSTOptions, device: torch.device, last: Path) -> None:
-    """Run Lightning, from the checkpoint `last` where there is one."""
+    """Run Lightning, from the checkpoint `last` where there is one, and leave the module as it says at the end."""
+    loader = load_batches(
+        spots, EpochSampler(spots, balanced=options.balance), -(-options.batch_size // options.processes)
+    )
+    loader.generator = None  # It cannot be sent to other processes; the random state is local here anyway.
     with _local_random_state(device), _quiet():
         trainer = lightning.Trainer(
             max_epochs=options.epochs,
             accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=[device.index] if device.index is not None else 1,
+            devices=options.processes if options.processes > 1 else [device.index] if device.index is not None else 1,
+            strategy="ddp_spawn" if options.processes > 1 else "auto",
+            use_distributed_sampler=False,  # `EpochSampler` sees to it.
             precision="bf16-mixed" if device.type == "cuda" else "32-true",
             gradient_clip_val=options.clip,
             logger=False,
@@ -399,10 +417,14 @@ def _fit(module: _Regression, spots: Spots, options: M2OSTOptions, device: torch
         )
         trainer.fit(
             module,
-            load_batches(spots, EpochSampler(spots, balanced=options.balance), options.batch_size),
+            loader,
             ckpt_path=last if last.is_file() else None,
             weights_only=True,
         )
+    # What several processes did is in the file alone.
+    state = torch.load(last, map_location="cpu", weights_only=True)
+    module.load_state_dict(state["state_dict"])
+    module.on_load_checkpoint(state)
 
 
 @contextmanager

@@ -123,14 +123,29 @@ class EpochSampler(Sampler[int]):
         self.spots, self.balanced = spots, balanced
 
     def __len__(self) -> int:
-        """Return the number of spots."""
-        return len(self.spots)
+        """Return the number of spots of this process."""
+        _, processes = _process()
+        return (len(self.spots) + processes - 1) // processes
 
     def __iter__(self) -> Iterator[int]:
-        """Go through the spots in the order of the current epoch."""
+        """Go through the spots of this process in the order of the current epoch."""
+        process, processes = _process()
+        order = self._order()
+        # Every process has as many, or the others would wait for it.
+        padded = np.resize(order, len(self) * processes)
+        return iter(padded[process::processes].tolist())
+
+    def _order(self) -> np.ndarray:
         rng = np.random.default_rng((self.spots.seed, self.spots.epoch))
         if not self.balanced:
-            return iter(rng.permutation(len(self.spots)).tolist())
+            return rng.permutation(len(self.spots))
         slides, of, counts = np.unique(self.spots.section_of, return_inverse=True, return_counts=True)
         chances = 1 / (len(slides) * counts[of])
-        return iter(rng.choice(len(self.spots), len(self.spots), p=chances).tolist())
+        return rng.choice(len(self.spots), len(self.spots), p=chances)
+
+
+def _process() -> tuple[int, int]:
+    """Return the number of this process, and that of those that share a training."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -90,6 +90,10 @@ class Pyramid:
         self._levels = [_Level(self.path / name, group[name]) for name in names]
         self._missing = _Missing(np.asarray(group["missing"]), int(self.info["missing_cell_px"]), self._levels[0])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open the store anew where another process is sent a pyramid."""
+        return Pyramid, (self.path,)
+
     @property
     def n_levels(self) -> int:
         """Number of levels; each is half the scale of the one before."""
