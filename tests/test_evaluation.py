@@ -11,130 +11,18 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import pearsonr, spearmanr
 
 from histrata.errors import HistrataError
 from histrata.expression import baselines
 from histrata.expression.evaluation import evaluate
 from histrata.expression.final import train_final
-from histrata.expression.metrics import METRICS, correlation, gene_scores, read_evaluation, score, summarise
+from histrata.expression.metrics import METRICS, gene_scores, read_evaluation, score
 from histrata.expression.model import load_model
 from histrata.expression.prediction import predict
 from histrata.expression.sections import read_measured_sections, read_section
 
 METHODS = {"constant", "colour_ridge", "m2ost"}
 COLUMNS = ["fold", "slide", "patient", "gene", "method", *METRICS, "mean_measured", "n_spots"]
-
-
-# --- scores -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [3, 40])
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_scores_are_those_of_scipy_and_numpy(n, offset):
-    rng = np.random.default_rng(n)
-    truth = rng.normal(size=(n, 5)) + offset
-    predicted = 0.5 * truth + rng.normal(size=(n, 5))
-    # Ties, as counts have them.
-    truth[:, 0] = rng.permutation(np.arange(n) // 2)
-    found = score(truth, predicted)
-    for gene in range(5):
-        t, p = truth[:, gene], predicted[:, gene]
-        np.testing.assert_allclose(found.loc[gene, "pearson"], pearsonr(t, p).statistic, rtol=1e-9)
-        np.testing.assert_allclose(found.loc[gene, "spearman"], spearmanr(t, p).statistic, rtol=1e-9)
-        np.testing.assert_allclose(found.loc[gene, "rmse"], np.sqrt(np.mean((t - p) ** 2)), rtol=1e-12)
-        np.testing.assert_allclose(found.loc[gene, "mae"], np.mean(np.abs(t - p)), rtol=1e-12)
-        np.testing.assert_allclose(found.loc[gene, "mean_measured"], np.mean(t), rtol=1e-12)
-    assert (found["n_spots"] == n).all()
-
-
-def test_scores_of_constants_and_of_genes_that_were_not_measured():
-    rng = np.random.default_rng(0)
-    varies = rng.normal(size=50).astype(np.float32)
-    even, third = np.zeros(50, np.float32), np.full(50, 1 / 3, np.float32)
-    # What is left of a constant after arithmetic in float32 orders nothing either.
-    rounded = (third + 3e-8 * rng.normal(size=50)).astype(np.float32)
-    pairs = {
-        "flat truth": (even, varies),
-        "both flat": (third, third),
-        "flat prediction": (varies, third),
-        "rounding": (varies, rounded),
-        "not measured": (np.full(50, np.nan, np.float32), varies),
-    }
-    truth, predicted = (np.stack(side, axis=1) for side in zip(*pairs.values(), strict=True))
-    assert len(np.unique(rounded)) > 1
-    found = score(truth, predicted).set_index(pd.Index(pairs))
-    for metric in ("pearson", "spearman"):
-        assert found.loc[["flat truth", "both flat", "not measured"], metric].isna().all()
-        assert (found.loc[["flat prediction", "rounding"], metric] == 0).all()
-    assert found.loc["not measured", ["rmse", "mae", "mean_measured"]].isna().all()
-    assert found.drop(index="not measured")[["rmse", "mae"]].notna().all(axis=None)
-
-
-def test_one_spot_has_no_correlation():
-    assert np.isnan(correlation(np.ones((1, 2)), np.zeros((1, 2)))).all()
-
-
-# --- averages -----------------------------------------------------------------------------------
-
-
-def rows(*table):
-    """Make an evaluation of one method and one figure, the same for every metric."""
-    made = pd.DataFrame(table, columns=["patient", "slide", "gene", "pearson"]).assign(
-        fold="f", method="m2ost", n_spots=10
-    )
-    for column in (*METRICS[1:], "mean_measured"):
-        made[column] = made["pearson"]
-    return made
-
-
-UNEVEN = rows(
-    ("p1", "a", "g1", 0.1),
-    ("p1", "a", "g2", 0.3),
-    ("p1", "b", "g1", 0.6),
-    ("p1", "b", "g2", np.nan),
-    ("p2", "c", "g1", 0.8),
-    ("p2", "c", "g2", 1.0),
-    ("p3", "d", "g1", np.nan),
-    ("p3", "d", "g2", np.nan),
-)
-
-
-def test_averages_go_from_genes_to_slides_to_patients():
-    # p1: slides 0.2 and 0.6, so 0.4; p2: 0.9; p3 has no figure.
-    table = summarise(UNEVEN, "a panel")
-    assert list(table.columns) == ["method", "panel", "metric", "mean", "ci_low", "ci_high", "n_patients"]
-    assert list(table["metric"]) == list(METRICS)
-    for row in table.itertuples():
-        assert (row.method, row.panel, row.n_patients) == ("m2ost", "a panel", 2)
-        assert row.mean == pytest.approx(0.65)
-        # With two patients the interval is their range.
-        assert (row.ci_low, row.ci_high) == pytest.approx((0.4, 0.9))
-
-
-def test_scores_of_a_gene_are_averaged_over_the_slides_of_a_patient_first():
-    scores = gene_scores(UNEVEN)
-    assert scores.loc["g1", "cv_pearson_m2ost"] == pytest.approx((0.35 + 0.8) / 2)
-    assert scores.loc["g2", "cv_rmse_m2ost"] == pytest.approx((0.3 + 1.0) / 2)
-    assert scores["cv_n_patients"].tolist() == [2, 2]
-
-
-def test_intervals_depend_on_the_seed_alone_and_hold_the_mean():
-    rng = np.random.default_rng(0)
-    table = rows(*((f"p{i}", f"s{i}", "g", value) for i, value in enumerate(rng.normal(0.5, 0.1, 30))))
-    first = summarise(table, "", seed=1)
-    pd.testing.assert_frame_equal(first, summarise(table.sample(frac=1, random_state=0), "", seed=1))
-    assert (summarise(table, "", seed=2)["ci_low"] != first["ci_low"]).all()
-    low, mean, high = first.loc[0, ["ci_low", "mean", "ci_high"]]
-    # Of the order of 1.96 standard errors, 0.1 / sqrt(30).
-    assert low < mean < high
-    assert (high - low) / 2 == pytest.approx(1.96 * 0.1 / np.sqrt(30), rel=0.35)
-
-
-def test_a_method_without_any_figure_is_nan():
-    table = summarise(rows(("p1", "a", "g", np.nan)), "")
-    assert (table["n_patients"] == 0).all()
-    assert table[["mean", "ci_low", "ci_high"]].isna().all(axis=None)
 
 
 # --- cross-validation ---------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from histrata.expression import baselines
 from histrata.expression.metrics import COLUMNS, score, summarise
 from histrata.expression.model import save_model
 from histrata.expression.panel import PANELS, choose_panel
+from histrata.expression.places import find_places
 from histrata.expression.sections import Section, read_measured_sections
 from histrata.expression.training import M2OSTOptions, remove_checkpoints, train
 from histrata.files import whole, write_tsv
@@ -88,9 +89,9 @@ def _run_fold(
     rows = []
     ends = np.cumsum([s.spots.n_obs for s in test])
     for section, end in zip(test, ends, strict=True):
-        truth = section.targets(panel)
+        truth, places = section.targets(panel), find_places(section.spots)
         for method, predicted in predictions.items():
-            scores = score(truth, predicted[end - len(truth) : end])
+            scores = score(truth, predicted[end - len(truth) : end], places)
             scores.insert(0, "gene", panel)
             scores.insert(0, "method", method)
             rows += scores.assign(fold=fold.name, slide=section.slide_id, patient=section.patient_id).to_dict("records")
