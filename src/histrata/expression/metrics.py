@@ -76,11 +76,11 @@ def score(truth: np.ndarray, predicted: np.ndarray, places: Places) -> pd.DataFr
     truth, predicted = truth.astype(np.float64), predicted.astype(np.float64)
     error = predicted - truth
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(_flat(truth), np.nan, predicted.var(axis=0) / truth.var(axis=0))
+        ratio = np.where(flat(truth), np.nan, predicted.var(axis=0) / truth.var(axis=0))
     return pd.DataFrame(
         {
             "pearson": correlation(truth, predicted),
-            "spearman": correlation(_ranks(truth), _ranks(predicted)),
+            "spearman": correlation(ranked(truth), ranked(predicted)),
             "rmse": np.sqrt((error**2).mean(axis=0)),
             "mae": np.abs(error).mean(axis=0),
             "evr": ratio,
@@ -99,9 +99,7 @@ def correlation(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     x, y = truth - truth.mean(axis=0), predicted - predicted.mean(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         r = (x * y).sum(axis=0) / np.sqrt((x**2).sum(axis=0) * (y**2).sum(axis=0))
-    result: np.ndarray = np.where(
-        _flat(truth) | np.isnan(truth).any(axis=0), np.nan, np.where(_flat(predicted), 0.0, r)
-    )
+    result: np.ndarray = np.where(flat(truth) | np.isnan(truth).any(axis=0), np.nan, np.where(flat(predicted), 0.0, r))
     return result
 
 
@@ -115,8 +113,8 @@ def moran(values: np.ndarray, places: Places) -> np.ndarray:
     total = places.weights.sum()
     with np.errstate(invalid="ignore", divide="ignore"):
         result = len(z) / total * (z * (places.weights @ z)).sum(axis=0) / (z**2).sum(axis=0)
-    flat: np.ndarray = np.where(_flat(values), np.nan, result)
-    return flat
+    found: np.ndarray = np.where(flat(values), np.nan, result)
+    return found
 
 
 def map_similarity(truth: np.ndarray, predicted: np.ndarray, places: Places) -> np.ndarray:
@@ -131,7 +129,7 @@ def map_similarity(truth: np.ndarray, predicted: np.ndarray, places: Places) -> 
     result = np.full(truth.shape[1], np.nan)
     if min(shape) < _SSIM_SIDE or len(truth) < 0.01 * shape[0] * shape[1]:
         return result
-    for gene in np.flatnonzero(~_flat(truth) & ~np.isnan(truth).any(axis=0)):
+    for gene in np.flatnonzero(~flat(truth) & ~np.isnan(truth).any(axis=0)):
         maps = []
         for values in (truth[:, gene], predicted[:, gene]):
             maps.append(np.full(shape, values.mean()))
@@ -149,20 +147,20 @@ def _auc(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         ranks = (rankdata(predicted, axis=0) * seen).sum(axis=0)
         area = (ranks - n_seen * (n_seen + 1) / 2) / (n_seen * (n - n_seen))
     undefined = (n_seen == 0) | (n_seen == n) | np.isnan(truth).any(axis=0)
-    result: np.ndarray = np.where(undefined, np.nan, np.where(_flat(predicted), 0.5, area))
+    result: np.ndarray = np.where(undefined, np.nan, np.where(flat(predicted), 0.5, area))
     return result
 
 
-def _flat(values: np.ndarray) -> np.ndarray:
+def flat(values: np.ndarray) -> np.ndarray:
     """Tell which columns are constant up to rounding: float32 values leave residues of about 1e-7 of their size."""
     spread = np.abs(values - values.mean(axis=0)).max(axis=0)
-    flat: np.ndarray = spread <= 1e-6 * np.maximum(np.abs(values).max(axis=0), 1e-12)
-    return flat
+    constant: np.ndarray = spread <= 1e-6 * np.maximum(np.abs(values).max(axis=0), 1e-12)
+    return constant
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def ranked(values: np.ndarray) -> np.ndarray:
     """Rank each column; a column that is constant but for rounding has one rank."""
-    ranks: np.ndarray = np.where(_flat(values), 0.0, rankdata(values, axis=0))
+    ranks: np.ndarray = np.where(flat(values), 0.0, rankdata(values, axis=0))
     return ranks
 
 
