@@ -11,130 +11,24 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import pearsonr, spearmanr
 
 from histrata.errors import HistrataError
-from histrata.expression import baselines
+from histrata.expression import baselines, evaluation
+from histrata.expression.conformal import NEW, half_widths
 from histrata.expression.evaluation import evaluate
 from histrata.expression.final import train_final
-from histrata.expression.metrics import METRICS, correlation, gene_scores, read_evaluation, score, summarise
+from histrata.expression.metrics import METRICS, SLIDE_METRICS, correlation, gene_scores, read_evaluation, score
 from histrata.expression.model import load_model
+from histrata.expression.places import find_places
 from histrata.expression.prediction import predict
 from histrata.expression.sections import read_measured_sections, read_section
 
-METHODS = {"constant", "colour_ridge", "m2ost"}
+HONEST = {"constant", "colour_ridge", "knn", "m2ost"}
+CONTROLS, LEAKY = {"permuted_images", "permuted_labels"}, {"colour_ridge_serial"}
+SIBLINGS = {"a1", "a2", "c1", "twin"}
+"""Slides whose patient has another; c1 and twin are two patients on one image."""
+
 COLUMNS = ["fold", "slide", "patient", "gene", "method", *METRICS, "mean_measured", "n_spots"]
-
-
-# --- scores -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [3, 40])
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_scores_are_those_of_scipy_and_numpy(n, offset):
-    rng = np.random.default_rng(n)
-    truth = rng.normal(size=(n, 5)) + offset
-    predicted = 0.5 * truth + rng.normal(size=(n, 5))
-    # Ties, as counts have them.
-    truth[:, 0] = rng.permutation(np.arange(n) // 2)
-    found = score(truth, predicted)
-    for gene in range(5):
-        t, p = truth[:, gene], predicted[:, gene]
-        np.testing.assert_allclose(found.loc[gene, "pearson"], pearsonr(t, p).statistic, rtol=1e-9)
-        np.testing.assert_allclose(found.loc[gene, "spearman"], spearmanr(t, p).statistic, rtol=1e-9)
-        np.testing.assert_allclose(found.loc[gene, "rmse"], np.sqrt(np.mean((t - p) ** 2)), rtol=1e-12)
-        np.testing.assert_allclose(found.loc[gene, "mae"], np.mean(np.abs(t - p)), rtol=1e-12)
-        np.testing.assert_allclose(found.loc[gene, "mean_measured"], np.mean(t), rtol=1e-12)
-    assert (found["n_spots"] == n).all()
-
-
-def test_scores_of_constants_and_of_genes_that_were_not_measured():
-    rng = np.random.default_rng(0)
-    varies = rng.normal(size=50).astype(np.float32)
-    even, third = np.zeros(50, np.float32), np.full(50, 1 / 3, np.float32)
-    # What is left of a constant after arithmetic in float32 orders nothing either.
-    rounded = (third + 3e-8 * rng.normal(size=50)).astype(np.float32)
-    pairs = {
-        "flat truth": (even, varies),
-        "both flat": (third, third),
-        "flat prediction": (varies, third),
-        "rounding": (varies, rounded),
-        "not measured": (np.full(50, np.nan, np.float32), varies),
-    }
-    truth, predicted = (np.stack(side, axis=1) for side in zip(*pairs.values(), strict=True))
-    assert len(np.unique(rounded)) > 1
-    found = score(truth, predicted).set_index(pd.Index(pairs))
-    for metric in ("pearson", "spearman"):
-        assert found.loc[["flat truth", "both flat", "not measured"], metric].isna().all()
-        assert (found.loc[["flat prediction", "rounding"], metric] == 0).all()
-    assert found.loc["not measured", ["rmse", "mae", "mean_measured"]].isna().all()
-    assert found.drop(index="not measured")[["rmse", "mae"]].notna().all(axis=None)
-
-
-def test_one_spot_has_no_correlation():
-    assert np.isnan(correlation(np.ones((1, 2)), np.zeros((1, 2)))).all()
-
-
-# --- averages -----------------------------------------------------------------------------------
-
-
-def rows(*table):
-    """Make an evaluation of one method and one figure, the same for every metric."""
-    made = pd.DataFrame(table, columns=["patient", "slide", "gene", "pearson"]).assign(
-        fold="f", method="m2ost", n_spots=10
-    )
-    for column in (*METRICS[1:], "mean_measured"):
-        made[column] = made["pearson"]
-    return made
-
-
-UNEVEN = rows(
-    ("p1", "a", "g1", 0.1),
-    ("p1", "a", "g2", 0.3),
-    ("p1", "b", "g1", 0.6),
-    ("p1", "b", "g2", np.nan),
-    ("p2", "c", "g1", 0.8),
-    ("p2", "c", "g2", 1.0),
-    ("p3", "d", "g1", np.nan),
-    ("p3", "d", "g2", np.nan),
-)
-
-
-def test_averages_go_from_genes_to_slides_to_patients():
-    # p1: slides 0.2 and 0.6, so 0.4; p2: 0.9; p3 has no figure.
-    table = summarise(UNEVEN, "a panel")
-    assert list(table.columns) == ["method", "panel", "metric", "mean", "ci_low", "ci_high", "n_patients"]
-    assert list(table["metric"]) == list(METRICS)
-    for row in table.itertuples():
-        assert (row.method, row.panel, row.n_patients) == ("m2ost", "a panel", 2)
-        assert row.mean == pytest.approx(0.65)
-        # With two patients the interval is their range.
-        assert (row.ci_low, row.ci_high) == pytest.approx((0.4, 0.9))
-
-
-def test_scores_of_a_gene_are_averaged_over_the_slides_of_a_patient_first():
-    scores = gene_scores(UNEVEN)
-    assert scores.loc["g1", "cv_pearson_m2ost"] == pytest.approx((0.35 + 0.8) / 2)
-    assert scores.loc["g2", "cv_rmse_m2ost"] == pytest.approx((0.3 + 1.0) / 2)
-    assert scores["cv_n_patients"].tolist() == [2, 2]
-
-
-def test_intervals_depend_on_the_seed_alone_and_hold_the_mean():
-    rng = np.random.default_rng(0)
-    table = rows(*((f"p{i}", f"s{i}", "g", value) for i, value in enumerate(rng.normal(0.5, 0.1, 30))))
-    first = summarise(table, "", seed=1)
-    pd.testing.assert_frame_equal(first, summarise(table.sample(frac=1, random_state=0), "", seed=1))
-    assert (summarise(table, "", seed=2)["ci_low"] != first["ci_low"]).all()
-    low, mean, high = first.loc[0, ["ci_low", "mean", "ci_high"]]
-    # Of the order of 1.96 standard errors, 0.1 / sqrt(30).
-    assert low < mean < high
-    assert (high - low) / 2 == pytest.approx(1.96 * 0.1 / np.sqrt(30), rel=0.35)
-
-
-def test_a_method_without_any_figure_is_nan():
-    table = summarise(rows(("p1", "a", "g", np.nan)), "")
-    assert (table["n_patients"] == 0).all()
-    assert table[["mean", "ci_low", "ci_high"]].isna().all(axis=None)
 
 
 # --- cross-validation ---------------------------------------------------------------------------
@@ -147,7 +41,7 @@ def run(cohort, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     slides = [*cohort.measured, twin]
     options = replace(tiny, epochs=6)
-    evaluate(slides, folder, options, checkpoints=folder / "checkpoints")
+    evaluate(slides, folder, options, single_level=False, checkpoints=folder / "checkpoints")
     final = replace(options, epochs=1)
     table = folder / "evaluation.tsv"
     train_final(slides, folder / "model", final, evaluation=table, checkpoints=folder / "checkpoints")
@@ -162,7 +56,7 @@ def changed(run, cohort, tmp_path_factory):
     c1 = other.add("c1", "p3", seed=77, image=cohort.path / "c1.png", genes=kept, scale=3.0)
     folder = tmp_path_factory.mktemp("changed")
     slides = [c1 if path.name == "c1" else path for path in run.slides]
-    evaluate(slides, folder, run.options, checkpoints=folder / "checkpoints")
+    evaluate(slides, folder, run.options, controls=False, single_level=False, checkpoints=folder / "checkpoints")
     return SimpleNamespace(path=folder, c1=c1, table=read_evaluation(folder / "evaluation.tsv"))
 
 
@@ -170,7 +64,11 @@ def test_evaluation_has_a_row_for_each_slide_gene_and_method(run):
     header = (run.path / "evaluation.tsv").read_text().splitlines()[0]
     assert header.split("\t") == COLUMNS
     table = run.table
-    assert set(table["method"]) == METHODS
+    assert set(table["method"]) == HONEST | CONTROLS | LEAKY
+    leaky = table["method"].isin(LEAKY)
+    assert set(table.loc[leaky, "slide"]) == SIBLINGS
+    assert table.loc[leaky, "fold"].str.startswith("serial-").all()
+    assert set(table.loc[~leaky, "fold"]) == {"p1", "p2", "p3"}
     assert not table.duplicated(["slide", "gene", "method"]).any()
     assert (table.groupby(["slide", "method"]).size() == 8).all()
     assert dict(table.groupby("slide")["patient"].first()) == {
@@ -205,14 +103,14 @@ def test_figures_are_those_of_the_saved_model_and_of_the_training_mean(run):
     test = read_measured_sections([run.path.parent / path for path in run.slides if path.name == "b1"])
     truth = test[0].targets(model.genes)
     predictions = {
-        "m2ost": model.predict(test, device="cpu"),
-        "constant": np.tile(model.mean, (len(truth), 1)),
+        "m2ost": model.predict(test, device="cpu")[0],
+        "constant": np.tile(model.targets.mean, (len(truth), 1)),
     }
     for method, predicted in predictions.items():
         rows = run.table[run.table["method"] == method].query("slide == 'b1'").set_index("gene").loc[model.genes]
-        expected = score(truth, predicted)
-        np.testing.assert_allclose(rows["rmse"], expected["rmse"], rtol=1e-4)
-        np.testing.assert_allclose(rows["pearson"], expected["pearson"], atol=1e-4)
+        expected = score(truth, predicted, find_places(test[0].spots))
+        for metric in METRICS[:-1]:
+            np.testing.assert_allclose(rows[metric], expected[metric], atol=1e-4)
         assert (rows["n_spots"] == len(truth)).all()
 
 
@@ -223,18 +121,83 @@ def test_the_constant_orders_nothing(run):
 
 def test_summary_follows_from_the_evaluation(run):
     summary = pd.read_csv(run.path / "summary.tsv", sep="\t")
-    assert set(summary["method"]) == METHODS
+    assert set(summary["method"]) == HONEST | CONTROLS | LEAKY
     assert set(summary["panel"]) == {"highly_expressed"}
-    assert (summary["n_patients"] == 4).all()
-    for row in summary.itertuples():
-        figures = run.table[run.table["method"] == row.method].groupby(["patient", "slide"])[row.metric].mean()
-        assert row.mean == pytest.approx(figures.groupby("patient").mean().mean(), rel=1e-4, abs=1e-9)
-        assert row.ci_low <= row.mean <= row.ci_high
+    for kind, methods in (("control", CONTROLS), ("leaky", LEAKY), ("model", {"m2ost"})):
+        assert set(summary.loc[summary["kind"] == kind, "method"]) == methods
+    plain = summary[summary["baseline"].isna()]
+    assert set(plain.loc[plain["method"] == "m2ost", "metric"]) == {*METRICS, *SLIDE_METRICS}
+    structure = pd.read_csv(run.path / "structure.tsv", sep="\t")
+    assert list(structure.columns) == ["fold", "slide", "patient", "method", *SLIDE_METRICS]
+    for row in plain.itertuples():
+        table = structure if row.metric in SLIDE_METRICS else run.table
+        figures = table[table["method"] == row.method].groupby(["patient", "slide"])[row.metric].mean()
+        expected = figures.groupby("patient").mean()
+        assert row.n_patients == expected.notna().sum()
+        if row.n_patients:
+            assert row.mean == pytest.approx(expected.mean(), rel=1e-4, abs=1e-5)
+            assert row.ci_low <= row.mean <= row.ci_high
+    honest = plain[~plain["method"].isin(LEAKY)]
+    assert (honest.loc[honest["metric"].isin(["pearson", "rmse", "ssim", "pearson_spotwise"]), "n_patients"] == 4).all()
+
+
+def test_differences_are_those_of_the_methods_on_each_patient(run):
+    summary = pd.read_csv(run.path / "summary.tsv", sep="\t")
+    paired = summary[summary["baseline"].notna()].set_index(["method", "baseline", "metric"])
+    assert {b for m, b, _ in paired.index if m == "m2ost"} == (HONEST | CONTROLS) - {"m2ost"}
+    assert {b for m, b, _ in paired.index if m == "knn"} == HONEST - {"m2ost", "knn"}
+    wide = run.table.pivot(index=["patient", "slide", "gene"], columns="method", values="rmse")
+    for method, baseline in (("m2ost", "colour_ridge"), ("colour_ridge_serial", "colour_ridge")):
+        slides = (wide[method] - wide[baseline]).groupby(["patient", "slide"]).mean()
+        expected = slides.groupby("patient").mean().dropna()
+        row = paired.loc[(method, baseline, "rmse")]
+        assert row["mean"] == pytest.approx(expected.mean(), abs=1e-5)
+        assert expected.min() - 1e-5 <= row["ci_low"] <= row["ci_high"] <= expected.max() + 1e-5
+        assert row["n_patients"] == len(expected)
+
+
+def test_controls_and_the_constant_find_nothing(run):
+    summary = pd.read_csv(run.path / "summary.tsv", sep="\t")
+    means = summary[summary["baseline"].isna()].pivot(index="method", columns="metric", values="mean")
+    for control in CONTROLS:
+        # A correlation has no size: what is left of chance may well be large, of either sign.
+        assert means.loc[control, "pearson"] < means.loc["m2ost", "pearson"] - 0.1
+        assert means.loc[control, "evr"] < 0.1
+        assert means.loc[control, "rmse"] > means.loc[["m2ost", "constant"], "rmse"].mean()
+    assert means.loc["m2ost", "evr"] > 0.2
+    assert means.loc["m2ost", "auc"] > 0.6
+    assert means.loc["m2ost", "gene_correlation"] > 0.3
+    assert means.loc["constant", ["evr", "gene_correlation", "ari"]].eq(0).all()
+
+
+def test_intervals_are_calibrated_on_other_subjects(run):
+    intervals = pd.read_csv(run.path / "intervals.tsv", sep="\t", dtype={"patient": str})
+    assert list(intervals.columns) == ["gene", "patient", "half_width", "unit"]
+    assert set(intervals["unit"]) == {"log1p"}
+    sections = {s.slide_id: s for s in read_measured_sections(run.slides)}
+    distances, subject = {}, {"a1": "p1", "a2": "p1", "b1": "p2", "c1": "p3", "twin": "p3"}
+    for slide, fold in subject.items():
+        model = load_model(run.path / "folds" / fold)
+        if "UP0" in model.genes:
+            at = model.genes.index("UP0")
+            predicted = model.predict([sections[slide]], device="cpu")[0][:, at]
+            distances.setdefault(fold, []).append(np.abs(sections[slide].targets(["UP0"])[:, 0] - predicted))
+    expected = half_widths({name: np.concatenate(values) for name, values in distances.items()})
+    found = intervals[intervals["gene"] == "UP0"].fillna({"patient": NEW}).set_index("patient")["half_width"]
+    assert set(found.index) == {"p1", "p2", "p3", "p3b", NEW}
+    for patient, width in found.items():
+        assert width == pytest.approx(expected["p3" if patient == "p3b" else patient], rel=1e-4)
+    m2ost = run.table[run.table["method"] == "m2ost"].set_index(["slide", "gene"])["coverage"]
+    assert m2ost.loc[("b1", "UP0")] == pytest.approx(np.mean(distances["p2"][0] <= expected["p2"]))
+    assert m2ost.notna().all()
+    assert m2ost.mean() > 0.75
+    assert run.table.loc[run.table["method"] != "m2ost", "coverage"].isna().all()
 
 
 def test_planted_expression_is_found(run):
-    summary = pd.read_csv(run.path / "summary.tsv", sep="\t").pivot(index="method", columns="metric", values="mean")
-    for method in ("m2ost", "colour_ridge"):
+    summary = pd.read_csv(run.path / "summary.tsv", sep="\t")
+    summary = summary[summary["baseline"].isna()].pivot(index="method", columns="metric", values="mean")
+    for method in ("m2ost", "colour_ridge", "knn"):
         assert summary.loc[method, "pearson"] > summary.loc["constant", "pearson"] + 0.4
         assert summary.loc[method, "rmse"] < 0.85 * summary.loc["constant", "rmse"]
     planted = run.table[run.table["gene"].str.match("UP|DOWN")].groupby("method")["pearson"].mean()
@@ -245,10 +208,10 @@ def test_planted_expression_is_found(run):
 def test_predictions_shuffled_among_spots_find_nothing(run):
     (section,) = read_measured_sections([path for path in run.slides if path.name == "b1"])
     model = load_model(run.path / "folds" / "p2")
-    truth, predicted = section.targets(model.genes), model.predict([section], device="cpu")
+    truth, predicted = section.targets(model.genes), model.predict([section], device="cpu")[0]
     rng = np.random.default_rng(0)
-    shuffled = [np.mean(score(truth, rng.permutation(predicted))["pearson"]) for _ in range(20)]
-    assert np.mean(score(truth, predicted)["pearson"]) > max(shuffled) + 0.2
+    shuffled = [np.mean(correlation(truth, rng.permutation(predicted))) for _ in range(20)]
+    assert np.mean(correlation(truth, predicted)) > max(shuffled) + 0.2
 
 
 def test_what_was_measured_on_a_test_slide_changes_nothing_in_its_fold(run, changed):
@@ -272,11 +235,12 @@ def test_what_was_measured_on_a_test_slide_changes_nothing_in_its_fold(run, chan
 def test_a_gene_that_the_test_slide_did_not_measure_counts_for_no_method(changed):
     table = changed.table
     lacking = table.query("slide == 'c1' and gene == 'DOWN0'")
-    assert set(lacking["method"]) == METHODS
+    assert set(lacking["method"]) == HONEST | LEAKY
     assert lacking[[*METRICS, "mean_measured"]].isna().all(axis=None)
     assert table.drop(index=lacking.index)["rmse"].notna().all()
     summary = pd.read_csv(changed.path / "summary.tsv", sep="\t")
-    for method in METHODS:
+    summary = summary[summary["baseline"].isna()]
+    for method in HONEST | LEAKY:
         figures = table.drop(index=lacking.index)
         figures = figures[figures["method"] == method].groupby(["patient", "slide"])["rmse"].mean()
         expected = figures.groupby("patient").mean().mean()
@@ -293,7 +257,9 @@ def test_one_patient_is_not_enough(cohort, tiny, tmp_path):
 
 
 def test_a_run_that_fails_leaves_nothing_that_looks_finished(cohort, tiny, tmp_path):
-    with pytest.raises(HistrataError, match="neither highly_expressed nor highly_variable nor a file"):
+    with pytest.raises(
+        HistrataError, match="none of highly_expressed, highly_variable, spatially_variable and not a file"
+    ):
         evaluate(cohort.measured, tmp_path / "out", replace(tiny, panel="all"), checkpoints=tmp_path / "checkpoints")
     assert not list((tmp_path / "out").iterdir())
 
@@ -303,7 +269,8 @@ def test_folds_and_panel_of_a_run_can_be_chosen(cohort, tiny, tmp_path):
     file.write_text("UP1\n")
     options = replace(tiny, panel=str(file), epochs=1)
     out = tmp_path / "out"
-    evaluate(cohort.measured, out, options, folds="grouped-k-fold", k=2, checkpoints=tmp_path / "checkpoints")
+    chosen = {"folds": "grouped-k-fold", "k": 2, "controls": False, "single_level": False}
+    evaluate(cohort.measured, out, options, **chosen, checkpoints=tmp_path / "checkpoints")
     held_out = pd.read_csv(out / "folds" / "folds.tsv", sep="\t")
     assert sorted(held_out["slide"]) == ["a1", "a2", "b1", "c1"]
     assert held_out["fold"].nunique() == 2
@@ -331,6 +298,187 @@ def test_another_table_is_not_an_evaluation(tmp_path, text):
         read_evaluation(path)
 
 
+# --- a run with everything, on frozen features --------------------------------------------------
+
+
+def with_features(cohort, folder, slide, change=None):
+    """Link a slide's results, with an embedding.h5ad of another order of spots; `change` makes another spots.h5ad."""
+    (folder / slide).mkdir(parents=True)
+    (folder / slide / "pyramid.ome.zarr").symlink_to(cohort.path / slide / "pyramid.ome.zarr")
+    spots = ad.read_h5ad(cohort.path / slide / "spots.h5ad")
+    spots = change(spots) if change else spots
+    spots.write_h5ad(folder / slide / "spots.h5ad")
+    rng = np.random.default_rng(0)
+    table = ad.AnnData(rng.normal(size=(spots.n_obs, 5)).astype(np.float32), obs=spots.obs[[]], uns=dict(spots.uns))
+    truth = np.log1p(spots[:, ["UP0", "DOWN0"]].X.toarray())
+    table.obsm["X_1um"] = np.concatenate([truth, rng.normal(size=(spots.n_obs, 3))], axis=1).astype(np.float32)
+    table.obsm["X_0.5um"] = table.X.copy()
+    table[rng.permutation(spots.n_obs)].copy().write_h5ad(folder / slide / "embedding.h5ad")
+    return folder / slide
+
+
+def with_layers(spots):
+    """Name the upper and the lower half, and leave some spots without a name."""
+    upper = spots.obsm["spatial"][:, 1] < 160
+    spots.obs["annotation"] = pd.Categorical(np.where(upper, "upper", "lower")).set_categories(["upper", "lower", ""])
+    spots.obs.loc[spots.obs_names[:5], "annotation"] = ""
+    return spots
+
+
+@pytest.fixture(scope="module")
+def featured(cohort, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("featured")
+    return [with_features(cohort, folder, slide, with_layers) for slide in ("a1", "a2", "b1", "c1")]
+
+
+def test_frozen_features_are_joined_by_the_id_of_the_spot(featured, cohort, tmp_path, caplog):
+    caplog.set_level("INFO")
+    sections = read_measured_sections(featured)
+    frozen = baselines.frozen_features(sections)
+    for section in sections:
+        features = frozen[section.slide_id]
+        assert features.shape == (section.spots.n_obs, 10)
+        # The scales in the order of their names: 0.5 um first.
+        expected = np.log1p(section.spots[:, ["UP0", "DOWN0"]].X.toarray())
+        np.testing.assert_allclose(features[:, 5:7], expected, rtol=1e-6)
+    assert baselines.frozen_features(read_measured_sections([*featured[:2], cohort.path / "b1"])) is None
+    assert "slide b1 (1 such) has no embedding.h5ad" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        (range(2, 81), r"b1/embedding\.h5ad: 1 of 80 spots of slide 'b1' have no features"),
+        ([*range(81), 4], "or have them twice"),
+    ],
+)
+def test_spots_without_features_are_refused(featured, tmp_path, chosen, says):
+    shutil.copytree(featured[2], tmp_path / "b1", symlinks=True)
+    path = tmp_path / "b1" / "embedding.h5ad"
+    (section,) = read_measured_sections([tmp_path / "b1"])
+    table = ad.read_h5ad(path)
+    # The spot without counts last: it is not asked for.
+    lost = [name for name in table.obs_names if name not in section.spots.obs_names]
+    table = table[[*lost, *section.spots.obs_names]]
+    table[list(chosen)].copy().write_h5ad(path)
+    with pytest.raises(HistrataError, match=says):
+        baselines.frozen_features([section])
+
+
+def test_features_of_different_encoders_are_not_mixed(featured, tmp_path, caplog):
+    caplog.set_level("INFO")
+    shutil.copytree(featured[2], tmp_path / "b1", symlinks=True)
+    other = ad.read_h5ad(featured[2] / "embedding.h5ad")
+    other.var_names = [f"other_{i}" for i in range(5)]
+    other.write_h5ad(tmp_path / "b1" / "embedding.h5ad")
+    assert baselines.frozen_features(read_measured_sections([*featured[:2], tmp_path / "b1"])) is None
+    assert "embedded by different encoders" in caplog.text
+
+
+def test_pca_ridge_is_the_recipe_of_hest_with_an_intercept(featured):
+    train, test = read_measured_sections(featured[:3]), read_measured_sections(featured[3:])
+    panel = ["UP0", "DOWN0", "FLAT0"]
+    frozen = baselines.frozen_features([*train, *test])
+    found = baselines.pca_ridge(train, test, panel, frozen)
+    # With as many components as features, a ridge in the standardised space, written out.
+    x, y = np.concatenate([frozen[s.slide_id] for s in train]), np.concatenate([s.targets(panel) for s in train])
+    mean, std = x.mean(axis=0), x.std(axis=0)
+    z = (x - mean) / std
+    weights = np.linalg.solve(z.T @ z + 100 / (10 * 3) * np.eye(10), z.T @ (y - y.mean(axis=0)))
+    expected = (frozen["c1"] - mean) / std @ weights + y.mean(axis=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert (correlation(test[0].targets(panel), found)[:2] > 0.6).all()
+
+
+def everything(folders, out, tiny):
+    options = replace(tiny, epochs=1)
+    chosen = {"folds": "grouped-k-fold", "k": 2, "serial": True}
+    evaluate(folders, out, options, **chosen, checkpoints=out / "checkpoints")
+
+
+@pytest.fixture(scope="module")
+def full(featured, tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("full")
+    everything(featured, out, tiny)
+    return out
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_features_and_annotations_are_used_where_there_are_any(full):
+    table = read_evaluation(full / "evaluation.tsv")
+    assert set(table["method"]) == {*HONEST, *CONTROLS, *LEAKY, "pca_ridge", "m2ost_single", "m2ost_serial"}
+    assert set(table.loc[table["method"] == "m2ost_serial", "slide"]) == {"a1", "a2"}
+    means = table[table["gene"] == "UP0"].groupby("method")["pearson"].mean()
+    assert means[["pca_ridge", "knn"]].min() > 0.6
+    structure = pd.read_csv(full / "structure.tsv", sep="\t").set_index(["slide", "method"])
+    assert structure["ari"].notna().all()
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(full, featured, tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    saved = []
+
+    def stop_in_the_second_fold(*_):
+        saved.append(1)
+        if len(saved) > 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "save_model", stop_in_the_second_fold)
+        with pytest.raises(KeyboardInterrupt):
+            everything(featured, out, tiny)
+    assert [p.name for p in out.iterdir()] == ["checkpoints"]
+    kept = {str(p.parent.relative_to(out / "checkpoints")) for p in (out / "checkpoints").rglob("*.ckpt")}
+    assert {".", "m2ost_single", "permuted_images", "permuted_labels"} <= kept
+    everything(featured, out, tiny)
+    assert files_of(out) == files_of(full)
+
+
+# --- controls and odd patients ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_controls_permute_within_a_section_and_nothing_else(cohort, seed):
+    section = read_measured_sections(cohort.measured[:1])[0]
+    orders = {name: evaluation._order(section, name, seed) for name in CONTROLS}
+    for order in orders.values():
+        assert sorted(order) == list(range(section.spots.n_obs))
+        assert (order == np.arange(len(order))).mean() < 0.1
+    assert (orders["permuted_images"] != orders["permuted_labels"]).any()
+    assert (orders["permuted_images"] != evaluation._order(section, "permuted_images", seed + 1)).any()
+    order = orders["permuted_images"]
+    images, labels = evaluation._permute_images(section, order), evaluation._permute_labels(section, order)
+    panel = ["UP0", "DOWN1"]
+    np.testing.assert_array_equal(images.centres, section.centres[order])
+    np.testing.assert_array_equal(images.targets(panel), section.targets(panel))
+    np.testing.assert_array_equal(labels.targets(panel), section.targets(panel)[order])
+    np.testing.assert_array_equal(labels.spots.X.toarray(), section.spots.X.toarray()[order])
+    np.testing.assert_array_equal(labels.centres, section.centres)
+
+
+def one_spot(spots):
+    counted = np.flatnonzero(np.asarray(spots.X.sum(axis=1)).ravel() > 0)
+    return spots[counted[:1]].copy()
+
+
+def test_a_patient_with_one_spot_is_tested_and_not_trained_on_alone(cohort, tiny, tmp_path):
+    one = with_features(cohort, tmp_path, "b1", one_spot)
+    (one / "embedding.h5ad").unlink()
+    options = replace(tiny, epochs=1)
+    chosen = {"controls": False, "single_level": False, "checkpoints": tmp_path / "checkpoints"}
+    evaluate([*cohort.measured[:2], one, cohort.path / "c1"], tmp_path / "out", options, **chosen)
+    table = read_evaluation(tmp_path / "out" / "evaluation.tsv").query("slide == 'b1'")
+    assert (table["n_spots"] == 1).all()
+    assert table[["pearson", "spearman", "ssim", "auc"]].isna().all(axis=None)
+    assert table["rmse"].notna().all()
+    with pytest.raises(HistrataError, match="fold 'p3' trains on slide b1 alone, which has 1 measured spot"):
+        evaluate([one, cohort.path / "c1"], tmp_path / "out2", options, **chosen)
+    assert not (tmp_path / "out2" / "folds").exists()
+
+
 # --- baselines ----------------------------------------------------------------------------------
 
 
@@ -338,12 +486,15 @@ def test_baselines(cohort):
     train, test = read_measured_sections(cohort.measured[:3]), read_measured_sections(cohort.measured[3:])
     panel = ["UP0", "DOWN0"]
     mean = np.concatenate([s.targets(panel) for s in train]).mean(axis=0)
+    colours = {s.slide_id: baselines.colour_statistics(s, [24.0, 48.0]) for s in (*train, *test)}
     constant = baselines.constant(train, test, panel)
     np.testing.assert_allclose(constant, np.tile(mean, (test[0].spots.n_obs, 1)))
-    ridge = baselines.colour_ridge(train, test, panel, [24.0, 48.0])
-    assert ridge.dtype == constant.dtype == np.float32
-    assert (score(test[0].targets(panel), ridge)["pearson"] > 0.5).all()
-    statistics = baselines.colour_statistics(test, [24.0, 48.0])
+    ridge = baselines.colour_ridge(train, test, panel, colours)
+    nearest = baselines.knn(train, test, panel, colours)
+    for predicted in (ridge, nearest):
+        assert predicted.dtype == constant.dtype == np.float32
+        assert (correlation(test[0].targets(panel), predicted) > 0.5).all()
+    statistics = colours["c1"]
     assert statistics.shape == (test[0].spots.n_obs, 40)
     windows, _ = test[0].pyramid.windows(test[0].centres, 24 / 56, 56)
     np.testing.assert_allclose(statistics[:, :3], windows.mean(axis=(2, 3)) / 255)
@@ -377,7 +528,7 @@ OBS = [
 def test_a_slide_that_was_held_out_is_predicted_by_its_fold(run, cohort, predicted, slide, fold):
     table = predicted(cohort.path / slide)
     section, model = read_section(cohort.path / slide), load_model(run.path / "folds" / fold)
-    np.testing.assert_array_equal(table.X, model.predict([section], device="cpu"))
+    np.testing.assert_array_equal(table.X, model.predict([section], device="cpu")[0])
     assert list(table.var_names) == model.genes
     assert set(table.obs["fold"]) == {fold}
     assert list(table.obs.columns) == [*OBS, "fold"]
@@ -390,7 +541,7 @@ def test_a_slide_that_no_model_saw_is_predicted_by_the_final_model(run, cohort, 
     section, model = read_section(cohort.path / "grid"), load_model(run.path / "model")
     assert table.n_obs > 20
     assert table.X.dtype == np.float32
-    np.testing.assert_array_equal(table.X, model.predict([section], device="cpu"))
+    np.testing.assert_array_equal(table.X, model.predict([section], device="cpu")[0])
     assert list(table.obs.columns) == OBS
     assert "measured" not in table.layers
     np.testing.assert_allclose(table.obsm["spatial_um"], table.obsm["spatial"] * section.pyramid.mpp)
@@ -399,7 +550,7 @@ def test_a_slide_that_no_model_saw_is_predicted_by_the_final_model(run, cohort, 
 def test_genes_say_how_well_they_were_predicted_beside_the_constant(run, cohort, predicted):
     var = predicted(cohort.path / "grid").var
     expected = gene_scores(run.table)
-    columns = {f"cv_{metric}_{method}" for metric in ("pearson", "rmse") for method in METHODS} | {"cv_n_patients"}
+    columns = {f"cv_{metric}_{method}" for metric in ("pearson", "rmse") for method in HONEST} | {"cv_n_patients"}
     assert set(var.columns) == columns
     np.testing.assert_allclose(var["cv_rmse_constant"], expected.loc[var.index, "cv_rmse_constant"])
     genes = pd.read_csv(run.path / "model" / "genes.tsv", sep="\t", index_col="gene")
@@ -418,8 +569,9 @@ def test_a_slide_without_spots_has_an_empty_table(cohort, predicted, run):
 def test_the_card_says_what_was_trained_and_how_well_it_did(run):
     card = (run.path / "model" / "card.md").read_text()
     assert "5 slides (a1, a2, b1, c1, twin) of 4 patients (p1, p2, p3, p3b)" in card
-    for method in METHODS:
+    for method in HONEST | CONTROLS:
         assert f"| {method} | " in card
+    assert "serial" not in card
     assert "Held out: c1, twin." in (run.path / "folds" / "p3" / "card.md").read_text()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+import warnings
 
 import anndata as ad
 import numpy as np
@@ -16,10 +18,12 @@ from histrata.expression.windows import EpochSampler, SpotWindows
 from histrata.tables import log1p_cp10k
 
 
-def section(counts, genes, slide="s1"):
-    """Make a section of counts alone."""
+def section(counts, genes, slide="s1", places=None):
+    """Make a section of counts alone, on the places (row, column) of an array."""
     counts = np.asarray(counts, dtype=np.float32)
     spots = ad.AnnData(sparse.csr_matrix(counts))
+    if places is not None:
+        spots.obs["array_row"], spots.obs["array_col"] = np.asarray(places).T
     spots.var_names = list(genes)
     return Section(slide, "p1", None, None, spots, log1p_cp10k(sparse.csr_matrix(counts)))
 
@@ -72,6 +76,67 @@ def test_sections_that_cannot_train(cohort):
         read_section(cohort.path / "grid").targets(["UP0"])
 
 
+def rewritten(cohort, tmp_path, change):
+    """Copy slide b1 with another spots.h5ad."""
+    folder = tmp_path / "b1"
+    folder.mkdir()
+    (folder / "pyramid.ome.zarr").symlink_to(cohort.path / "b1" / "pyramid.ome.zarr")
+    spots = ad.read_h5ad(cohort.path / "b1" / "spots.h5ad")
+    changed = change(spots)
+    (spots if changed is None else changed).write_h5ad(folder / "spots.h5ad")
+    return folder
+
+
+def with_count(value):
+    def change(spots):
+        counts = spots.X.toarray()
+        counts[3, 2] = value
+        spots.X = sparse.csr_matrix(counts)
+
+    return change
+
+
+def gene_twice(spots):
+    names = list(spots.var_names)
+    spots.var_names = [*names[:4], names[0], *names[5:]]
+
+
+def moved(n):
+    def change(spots):
+        spots.obsm["spatial"][5 : 5 + n, 0] += 1000
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (with_count(np.nan), "found a value that is missing or not finite among the counts"),
+        (with_count(-2), "found the negative value -2 among the counts"),
+        (with_count(0.5), "found the value 0.5 among the counts"),
+        (gene_twice, "gene 'UP0' has more than one column"),
+        (
+            moved(60),
+            r"60 of \d+ measured spots of slide 'b1' lie outside the slide \(320 x 320 px\), such as 'b1:spot5'",
+        ),
+    ],
+)
+def test_counts_and_positions_that_cannot_be_are_refused(cohort, tmp_path, change, says):
+    folder = rewritten(cohort, tmp_path, change)
+    with pytest.raises(HistrataError, match=r"b1/spots\.h5ad: .*" + says):
+        read_measured_sections([folder])
+
+
+def test_some_spots_outside_the_slide_are_left_out(cohort, tmp_path, caplog):
+    (whole,) = read_measured_sections([cohort.path / "b1"])
+    (left,) = read_measured_sections([rewritten(cohort, tmp_path, moved(2))])
+    assert "2 of 80 measured spots of slide 'b1' lie outside the slide" in caplog.text
+    assert list(left.spots.obs_names) == [
+        name for name in whole.spots.obs_names if name not in ("b1:spot5", "b1:spot6")
+    ]
+    assert left.measured.shape == left.spots.shape
+
+
 # --- panels -------------------------------------------------------------------------------------
 
 
@@ -87,6 +152,53 @@ def test_panel_takes_the_largest_mean_or_variance_with_each_section_counting_the
     scores = statistic(oracle(first), axis=0) + statistic(oracle(second), axis=0)[:20]
     expected = [genes[i] for i in np.argsort(-scores)[:7]]
     assert choose_panel([section(first, genes), section(second[:, order], shuffled)], panel, 7) == expected
+
+
+def test_spatially_variable_genes_are_those_of_squidpys_largest_moran():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import squidpy
+
+    rng = np.random.default_rng(0)
+    genes = [f"g{i:02d}" for i in range(30)]
+    scores, sections = np.zeros(30), []
+    for slide, side in (("s1", 12), ("s2", 17)):
+        places = np.stack([axis.ravel() for axis in np.mgrid[:side, :side]], axis=1)
+        slope = (places[:, :1] / side - 0.5) * np.linspace(-2, 2, 30)
+        counts = rng.poisson(np.exp(slope + rng.normal(1, 1, 30)))
+        # Patterned but rare, and never seen.
+        counts[:, 0] = 30 * (places.sum(axis=1) < 3)
+        counts[:, 1] = 0
+        sections.append(section(counts, genes, slide, places))
+        table = ad.AnnData(oracle(counts), obsm={"spatial": places[:, ::-1].astype(float)})
+        squidpy.gr.spatial_neighbors(table, coord_type="grid", n_neighs=4)
+        squidpy.gr.spatial_autocorr(table, mode="moran")
+        found = table.uns["moranI"]["I"]
+        scores += found.reindex(table.var_names).fillna(0).to_numpy()
+    scores[:2] = 0
+    expected = [genes[i] for i in np.argsort(-scores)[:8]]
+    assert choose_panel(sections, "spatially_variable", 8) == expected
+
+
+def test_spatially_variable_genes_of_a_large_section_are_found_quickly():
+    rng = np.random.default_rng(0)
+    places = np.stack([axis.ravel() for axis in np.mgrid[:30, :33]], axis=1)
+    counts = sparse.random(990, 15_000, density=0.2, random_state=rng, data_rvs=lambda n: rng.poisson(2, n) + 1)
+    spots = ad.AnnData(sparse.csr_matrix(counts, dtype=np.float32))
+    spots.obs["array_row"], spots.obs["array_col"] = places.T
+    made = Section("s1", "p1", None, None, spots, log1p_cp10k(spots.X))
+    start = time.process_time()
+    assert len(choose_panel([made], "spatially_variable", 100)) == 100
+    assert time.process_time() - start < 10
+
+
+def test_a_section_of_one_spot_says_nothing_of_space():
+    one = section([[1, 2, 9]], "abc", "s2", [(0, 0)])
+    with pytest.raises(HistrataError, match="the gene panel is empty"):
+        choose_panel([one], "spatially_variable", 2)
+    places = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    other = section([[1, 5, 1], [1, 5, 9], [1, 4, 1], [1, 4, 9], [9, 4, 1], [9, 4, 9]], "abc", "s1", places)
+    assert "a" in choose_panel([other, one], "spatially_variable", 2)
 
 
 def test_only_genes_that_all_training_sections_measured_are_chosen():
@@ -120,7 +232,7 @@ def test_panel_from_a_file(tmp_path):
     file.write_bytes(b"\xff\xfe\x00binary\x80")
     with pytest.raises(HistrataError, match="not a text file"):
         choose_panel(made, str(file), 1)
-    with pytest.raises(HistrataError, match=r"'highly_expresed' is neither .* nor a file"):
+    with pytest.raises(HistrataError, match=r"'highly_expresed' is none of .* and not a file"):
         choose_panel(made, "highly_expresed", 1)
 
 

@@ -94,7 +94,7 @@ def test_a_slide_that_cannot_be_used_is_a_row_and_the_others_go_on(run):
 
 def test_no_patient_is_on_both_sides(run):
     evaluation = pd.read_csv(run / "results" / "m2ost" / "evaluation.tsv", sep="\t")
-    assert set(evaluation["method"]) == {"constant", "colour_ridge", "m2ost"}
+    assert {"constant", "colour_ridge", "m2ost"} <= set(evaluation["method"])
     for fold, rows in evaluation.groupby("fold"):
         config = yaml.safe_load((run / "results" / "m2ost" / "folds" / fold / "config.json").read_text())
         assert not set(rows["patient"]) & set(config["trained_on"].values())
@@ -118,7 +118,8 @@ def test_the_truth_is_recovered(run):
         shuffled.append(np.nanmean([np.corrcoef(x[g].to_numpy()[order], y[g])[0, 1] for g in chosen]))
     assert np.mean(found) > 0.4
     assert np.mean(found) > np.mean(shuffled) + 0.3
-    summary = pd.read_csv(run / "results" / "m2ost" / "summary.tsv", sep="\t").set_index(["method", "metric"])
+    summary = pd.read_csv(run / "results" / "m2ost" / "summary.tsv", sep="\t")
+    summary = summary[summary["baseline"].isna()].set_index(["method", "metric"])
     assert summary.loc[("m2ost", "pearson"), "mean"] > summary.loc[("constant", "pearson"), "mean"] + 0.1
     assert summary.loc[("m2ost", "rmse"), "mean"] < summary.loc[("constant", "rmse"), "mean"]
 

@@ -35,7 +35,7 @@ except HistrataError as error:
 
 find_commands()
 
-PANELS = ("highly_expressed", "highly_variable")
+PANELS = ("highly_expressed", "highly_variable", "spatially_variable")
 PRETRAINED = (
     of_config(config["m2ost"]["pretrained"]) if config["m2ost"]["pretrained"] else None
 )

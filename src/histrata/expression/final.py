@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from histrata.expression.metrics import gene_scores, read_evaluation
+from histrata.expression.metrics import KINDS, gene_scores, read_evaluation
 from histrata.expression.model import TrainedModel, save_model
 from histrata.expression.panel import choose_panel
 from histrata.expression.sections import read_measured_sections
@@ -59,6 +59,7 @@ def _card(model: TrainedModel, evaluation: pd.DataFrame | None) -> str:
     ]
     if evaluation is None:
         return "\n".join([*lines, "The model was not evaluated.", ""])
+    evaluation = evaluation[evaluation["method"].map(KINDS) != "leaky"]
     slides = evaluation.groupby(["method", "patient", "slide"])[["pearson", "rmse"]].mean()
     methods = slides.groupby(["method", "patient"]).mean().groupby("method").mean()
     lines += ["| method | Pearson, mean over genes | RMSE |", "|---|---|---|"]

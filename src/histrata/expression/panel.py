@@ -6,11 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy import sparse
 
 from histrata.errors import HistrataError
+from histrata.expression.metrics import moran
+from histrata.expression.places import find_places
 from histrata.expression.sections import Section
 
-PANELS = ("highly_expressed", "highly_variable")
+PANELS = ("highly_expressed", "highly_variable", "spatially_variable")
+
+_MIN_SHARE = 0.05
+"""Genes seen in fewer of a section's spots have no pattern to speak of, whatever their Moran's I."""
+
+_BLOCK = 1000
 
 
 def choose_panel(sections: Sequence[Section], panel: str, n_genes: int) -> list[str]:
@@ -22,7 +30,8 @@ def choose_panel(sections: Sequence[Section], panel: str, n_genes: int) -> list[
         Training sections. Only genes that all of them measured can be chosen.
     panel
         "highly_expressed" or "highly_variable": the largest mean, or variance, of log1p of counts per 10,000, each
-        section counting the same; or the path of a text file with a gene symbol in each line.
+        section counting the same; "spatially_variable": the largest Moran's I of the same values, of the genes that
+        on average are seen in 5 % of a section's spots; or the path of a text file with a gene symbol in each line.
     n_genes
         How many genes to choose; without effect on a file.
 
@@ -41,6 +50,8 @@ def choose_panel(sections: Sequence[Section], panel: str, n_genes: int) -> list[
     if panel not in PANELS:
         return _listed(Path(panel), common, slides)
     scores = np.mean([_score(section, common, panel) for section in sections], axis=0)
+    if panel == "spatially_variable":
+        scores[np.mean([_shares(section, common) for section in sections], axis=0) < _MIN_SHARE] = 0
     # Ties go by name, so that the panel does not depend on the order of the columns.
     order = np.lexsort((np.array(common, dtype=str), -scores))
     chosen = [common[i] for i in order[:n_genes] if scores[i] > 0]
@@ -53,20 +64,38 @@ def choose_panel(sections: Sequence[Section], panel: str, n_genes: int) -> list[
 
 
 def _score(section: Section, genes: list[str], panel: str) -> np.ndarray:
-    """Return the mean or the variance of each gene over the spots of a section."""
+    """Return the mean, the variance or Moran's I of each gene over the spots of a section."""
     assert section.measured is not None
     # float64: a variance is the small difference of two large numbers.
     values = section.measured[:, section.spots.var_names.get_indexer(genes)].astype(np.float64)
+    if panel == "spatially_variable":
+        return _autocorrelation(section, values)
     mean = np.asarray(values.mean(axis=0)).ravel()
     if panel == "highly_expressed":
         return mean
     return np.asarray(values.multiply(values).mean(axis=0)).ravel() - mean**2
 
 
+def _shares(section: Section, genes: list[str]) -> np.ndarray:
+    """Return the share of the section's spots in which each gene was seen."""
+    assert section.measured is not None
+    seen = section.measured[:, section.spots.var_names.get_indexer(genes)] > 0
+    return np.asarray(seen.mean(axis=0)).ravel()
+
+
+def _autocorrelation(section: Section, values: sparse.csr_matrix) -> np.ndarray:
+    """Return Moran's I of each column, 0 where it has none."""
+    places, columns = find_places(section.spots), sparse.csc_matrix(values)
+    # Some genes at a time: all of them would be a large table without zeros left out.
+    starts = range(0, columns.shape[1], _BLOCK)
+    found = [np.zeros(0), *(moran(columns[:, at : at + _BLOCK].toarray(), places) for at in starts)]
+    return np.nan_to_num(np.concatenate(found))
+
+
 def _listed(file: Path, common: list[str], slides: str) -> list[str]:
     if not file.is_file():
         raise HistrataError(
-            f"the gene panel '{file}' is neither {' nor '.join(PANELS)} nor a file; set m2ost.panel to one of these, "
+            f"the gene panel '{file}' is none of {', '.join(PANELS)} and not a file; set m2ost.panel to one of these, "
             "or to a text file with a gene symbol in each line"
         )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ from scipy import sparse
 from histrata.errors import HistrataError
 from histrata.folders import SlideFolder
 from histrata.pyramid import Pyramid
+from histrata.spots.measured import not_counts
 from histrata.tables import log1p_cp10k, read_table
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,21 +73,57 @@ def slide_table(sections: Sequence[Section]) -> pd.DataFrame:
 
 
 def read_section(folder: Path) -> Section:
-    """Read the spots and the pyramid of a slide's result folder, with every spot."""
+    """Read the spots and the pyramid of a slide's result folder, with every spot.
+
+    Raises
+    ------
+    HistrataError
+        Where a file is missing, counts are not counts, or a gene has two columns.
+    """
     paths = SlideFolder(folder)
     spots = read_table(paths.spots, written_by="spots")
+    fault = not_counts(sparse.csr_matrix(spots.X).data) if spots.n_vars else None
+    if fault:
+        raise HistrataError(
+            f"{paths.spots}: found {fault} among the counts, expected raw counts; write it again with `histrata "
+            "spots`, from the counts as they were before they were normalised"
+        )
+    if not spots.var_names.is_unique:
+        twice = spots.var_names[spots.var_names.duplicated()].unique()
+        raise HistrataError(
+            f"{paths.spots}: gene '{twice[0]}' has more than one column ({len(twice)} such genes); write it again with "
+            "`histrata spots`, which gives each gene a name of its own"
+        )
     measured = log1p_cp10k(sparse.csr_matrix(spots.X)) if spots.n_vars else None
     slide_id, patient_id = (str(spots.uns["histrata"][key]) for key in ("slide_id", "patient_id"))
     return Section(slide_id, patient_id, paths, Pyramid(paths.pyramid), spots, measured)
 
 
+def _outside(section: Section, counted: np.ndarray) -> np.ndarray:
+    """Tell which spots have their centre outside the slide; warn of them, and raise where they are the most."""
+    outside = ((section.centres < 0) | (section.centres >= section.pyramid.size)).any(axis=1)
+    away = np.flatnonzero(outside & counted)
+    if len(away):
+        width, height = section.pyramid.size
+        said = (
+            f"{section.folder.spots}: {len(away)} of {counted.sum()} measured spots of slide '{section.slide_id}' lie "
+            f"outside the slide ({width} x {height} px), such as '{section.spots.obs_names[away[0]]}'"
+        )
+        if len(away) > counted.sum() / 2:
+            raise HistrataError(f"{said}; give the positions in px of this slide's full resolution")
+        log.warning("%s; they are left out", said)
+    return np.asarray(outside)
+
+
 def read_measured_sections(folders: Sequence[Path]) -> list[Section]:
     """Read the sections to train and evaluate on, in the order of their ids; spots without counts are left out.
+
+    So are spots outside the slide, with a warning.
 
     Raises
     ------
     HistrataError
-        Where a slide has no measured spot, or a slide is given twice.
+        Where a slide has no measured spot, most of them lie outside it, or a slide is given twice.
     """
     sections = []
     for folder in folders:
@@ -94,6 +134,7 @@ def read_measured_sections(folders: Sequence[Path]) -> list[Section]:
                 f"{section.folder.spots}: no spot of slide '{section.slide_id}' has counts; M2OST learns from "
                 "slides with an `expression` in the slide sheet"
             )
+        counted &= ~_outside(section, counted)
         sections.append(
             Section(
                 section.slide_id,

@@ -50,6 +50,9 @@ def describe_expression(results: Path, evaluation: pd.DataFrame | None) -> Part:
 
 def _read_summary(path: Path, command: str) -> pd.DataFrame:
     summary = read_tsv(path, ("method", "metric"), ("mean", "ci_low", "ci_high", "n_patients"), command)
+    if "baseline" in summary:
+        # The others are differences between two methods.
+        summary = summary[summary["baseline"] == ""]
     twice = summary[summary.duplicated(["method", "metric"])]
     if len(twice):
         said = f"metric {twice['metric'].iloc[0]} of method {twice['method'].iloc[0]}"
