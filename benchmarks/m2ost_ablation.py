@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from histrata.expression.baselines import colour_ridge
+from histrata.expression.baselines import colour_ridge, colour_statistics
 from histrata.expression.metrics import correlation
 from histrata.expression.panel import choose_panel
 from histrata.expression.sections import Section, read_measured_sections, slide_table
@@ -94,10 +94,11 @@ def score_fold(name: str, fold: Fold, sections: dict[str, Section], options: M2O
     with tempfile.TemporaryDirectory() as folder:
         model = train(training, panel, M2OSTOptions(**vars(options) | {"seed": seed}), Path(folder))
     fields = [model.size * mpp for mpp in model.mpp]
+    colours = {s.slide_id: colour_statistics(s, fields) for s in sections.values()}
     figures = {}
     for method, predicted in {
         "m2ost": [model.predict([section])[0] for section in test],
-        "colour_ridge": [colour_ridge(training, [section], panel, fields) for section in test],
+        "colour_ridge": [colour_ridge(training, [section], panel, colours) for section in test],
     }.items():
         scores = [correlation(s.targets(panel), p) for s, p in zip(test, predicted, strict=True)]
         figures[method] = float(np.mean([np.nanmean(score) for score in scores]))

@@ -151,7 +151,7 @@ COMMANDS = {
 # `pretrained` is for the workflow; what only an evaluation does is no option of training.
 NO_OPTION = {
     ("m2ost", "evaluate"): {"pretrained"},
-    ("m2ost", "train"): {"pretrained", "folds", "k"},
+    ("m2ost", "train"): {"pretrained", "folds", "k", "controls", "single_level", "serial"},
     ("survival", "train"): {"folds", "seed"},
 }
 

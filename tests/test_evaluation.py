@@ -44,7 +44,8 @@ def run(cohort, tiny, tmp_path_factory):
     evaluate(slides, folder, options, single_level=False, checkpoints=folder / "checkpoints")
     final = replace(options, epochs=1)
     table = folder / "evaluation.tsv"
-    train_final(slides, folder / "model", final, evaluation=table, checkpoints=folder / "checkpoints")
+    tables = {"evaluation": table, "intervals": folder / "intervals.tsv"}
+    train_final(slides, folder / "model", final, **tables, checkpoints=folder / "checkpoints")
     return SimpleNamespace(path=folder, slides=slides, options=options, table=read_evaluation(table))
 
 
@@ -511,7 +512,7 @@ def predicted(run, tmp_path):
 
     def make(folder: Path) -> ad.AnnData:
         out = tmp_path / "expression.h5ad"
-        inputs = {"folds": run.path / "folds", "evaluation": run.path / "evaluation.tsv"}
+        inputs = {"folds": run.path / "folds"} | {k: run.path / f"{k}.tsv" for k in ("evaluation", "intervals")}
         predict(folder, out, run.path / "model", **inputs, device="cpu")
         return ad.read_h5ad(out)
 
@@ -545,6 +546,34 @@ def test_a_slide_that_no_model_saw_is_predicted_by_the_final_model(run, cohort, 
     assert list(table.obs.columns) == OBS
     assert "measured" not in table.layers
     np.testing.assert_allclose(table.obsm["spatial_um"], table.obsm["spatial"] * section.pyramid.mpp)
+
+
+@pytest.mark.parametrize(("slide", "patient"), [("a2", "p1"), ("grid", "")])
+def test_intervals_are_those_that_other_patients_calibrated(run, cohort, predicted, slide, patient):
+    table = predicted(cohort.path / slide)
+    intervals = pd.read_csv(run.path / "intervals.tsv", sep="\t", keep_default_na=False)
+    assert set(intervals["unit"]) == {"log1p"}
+    widths = intervals[intervals["patient"] == patient].set_index("gene")["half_width"].loc[table.var_names]
+    half = widths.to_numpy(np.float64)
+    np.testing.assert_allclose(table.layers["upper"], table.X + half, rtol=1e-4)
+    np.testing.assert_allclose(table.layers["lower"], np.maximum(table.X - half, 0), rtol=1e-4, atol=1e-4)
+    assert "std" not in table.layers
+    if patient:
+        inside = (table.layers["measured"] >= table.layers["lower"]) & (
+            table.layers["measured"] <= table.layers["upper"]
+        )
+        counted = table.layers["measured"].sum(axis=1) > 0  # what was scored: spots with counts
+        scored = run.table[run.table["method"] == "m2ost"].query("slide == @slide").set_index("gene")["coverage"]
+        np.testing.assert_allclose(inside[counted].mean(axis=0), scored.loc[table.var_names], atol=0.02)
+
+
+def test_a_table_that_holds_no_intervals_is_refused(run, cohort, tmp_path):
+    (tmp_path / "intervals.tsv").write_text("gene\twidth\nUP0\t1\n")
+    for file in (tmp_path / "intervals.tsv", tmp_path / "missing.tsv"):
+        with pytest.raises(HistrataError, match=f"{file.name}: not the intervals of an evaluation"):
+            predict(
+                cohort.path / "a2", tmp_path / "e.h5ad", run.path / "model", folds=run.path / "folds", intervals=file
+            )
 
 
 def test_genes_say_how_well_they_were_predicted_beside_the_constant(run, cohort, predicted):

@@ -256,7 +256,10 @@ LevelMpp = Annotated[
 ]
 Size = Annotated[int | None, typer.Option(help="Side of the windows in px; default: the model's.")]
 Panel = Annotated[
-    str, typer.Option(help="highly_expressed, highly_variable, or a file with a gene symbol in each line.")
+    str,
+    typer.Option(
+        help="highly_expressed, highly_variable, spatially_variable, or a file with a gene symbol in each line."
+    ),
 ]
 NGenes = Annotated[int, typer.Option(help="Genes of the panel.")]
 Tokens = Annotated[
@@ -325,8 +328,21 @@ def _m2ost_options(given: dict[str, Any], cache: Path) -> M2OSTOptions:
 def m2ost_evaluate(
     folders: Folders,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/m2ost"),
-    folds: Annotated[str, typer.Option(help="leave-one-patient-out or grouped-k-fold.")] = "leave-one-patient-out",
+    folds: Annotated[
+        str,
+        typer.Option(
+            help="leave-one-patient-out, grouped-k-fold, or a TSV of what each fold holds out: fold and patient_id (or "
+            "slide_id)."
+        ),
+    ] = "leave-one-patient-out",
     k: Annotated[int, typer.Option(min=2, help="Number of folds of grouped-k-fold.")] = 5,
+    controls: Annotated[
+        bool, typer.Option(help="Also train with permuted images, and with permuted labels; both must fail.")
+    ] = True,
+    single_level: Annotated[bool, typer.Option(help="Also train on the finest level alone.")] = True,
+    serial: Annotated[
+        bool, typer.Option(help="Also train on the leaky split by slide, to see what it would have promised.")
+    ] = False,
     model: Model = "m2ost_small",
     model_option: ModelOption = [],  # noqa: B006
     levels: Levels = 3,
@@ -361,7 +377,8 @@ def m2ost_evaluate(
 ) -> None:
     """Cross-validate M2OST by patient, beside its baselines on the same folds.
 
-    Writes evaluation.tsv, summary.tsv and folds/ (the model of each fold) into the output folder.
+    Writes evaluation.tsv, structure.tsv, intervals.tsv, summary.tsv and folds/ (the model of each fold) into the
+    output folder.
 
     Example: histrata m2ost evaluate results/slides/* --out results/m2ost
     """
@@ -369,7 +386,17 @@ def m2ost_evaluate(
     from histrata.expression.evaluation import evaluate
 
     options = _m2ost_options(given, cache or out / "tokens")
-    evaluate(folders, out, options, folds=folds, k=k, checkpoints=checkpoints or out / "checkpoints-folds")
+    evaluate(
+        folders,
+        out,
+        options,
+        folds=folds,
+        k=k,
+        controls=controls,
+        single_level=single_level,
+        serial=serial,
+        checkpoints=checkpoints or out / "checkpoints-folds",
+    )
 
 
 @m2ost.command("train")
@@ -377,6 +404,7 @@ def m2ost_train(
     folders: Folders,
     out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("results/m2ost/model"),
     evaluation: Annotated[Path | None, typer.Option(help="evaluation.tsv, whose figures go beside each gene.")] = None,
+    intervals: Annotated[Path | None, typer.Option(help="intervals.tsv, calibrated in the evaluation.")] = None,
     model: Model = "m2ost_small",
     model_option: ModelOption = [],  # noqa: B006
     levels: Levels = 3,
@@ -422,6 +450,7 @@ def m2ost_train(
         out,
         options,
         evaluation=evaluation,
+        intervals=intervals,
         checkpoints=checkpoints or out.parent / "checkpoints-final",
     )
 
@@ -435,6 +464,9 @@ def m2ost_predict(
         typer.Option(help="folds/ of an evaluation: a slide held out there is predicted by its fold's model."),
     ] = None,
     evaluation: Annotated[Path | None, typer.Option(help="evaluation.tsv: figures of each gene.")] = None,
+    intervals: Annotated[
+        Path | None, typer.Option(help="intervals.tsv: those of a slide that was held out; else the model's are used.")
+    ] = None,
     encoder_weights: EncoderWeights = None,
     cache: Cache = None,
     device: Device = "auto",
@@ -451,6 +483,7 @@ def m2ost_predict(
         model,
         folds=folds,
         evaluation=evaluation,
+        intervals=intervals,
         encoder_weights=encoder_weights,
         cache=cache,
         device=device,

@@ -36,6 +36,7 @@ except HistrataError as error:
 find_commands()
 
 PANELS = ("highly_expressed", "highly_variable", "spatially_variable")
+SCHEMES = ("leave-one-patient-out", "grouped-k-fold")
 PRETRAINED = (
     of_config(config["m2ost"]["pretrained"]) if config["m2ost"]["pretrained"] else None
 )
@@ -43,9 +44,13 @@ WEIGHTS = of_config(config["embed"]["weights"]) if config["embed"]["weights"] el
 PANEL = (
     [] if config["m2ost"]["panel"] in PANELS else of_config(config["m2ost"]["panel"])
 )
+FOLDS = (
+    [] if config["m2ost"]["folds"] in SCHEMES else of_config(config["m2ost"]["folds"])
+)
 for key, path in {
     "m2ost.pretrained": PRETRAINED,
     "m2ost.panel": PANEL,
+    "m2ost.folds": FOLDS,
     "embed.weights": WEIGHTS,
 }.items():
     if path and not path.exists():
@@ -53,6 +58,8 @@ for key, path in {
             f"{CONFIG_FILE}: {key} is {path}, which is not there; correct the path, or leave the key out"
         )
 
+# What concerns the evaluation of M2OST, and not its training.
+EVALUATED = ("folds", "k", "controls", "single_level", "serial")
 GPU = int(config["device"].startswith("cuda"))
 
 
@@ -83,6 +90,7 @@ def flags(section, leave_out=()):
 def m2ost_flags(leave_out=()):
     """Return the options that evaluation and training share."""
     section = config["m2ost"] | ({"panel": PANEL} if PANEL else {})
+    section |= {"folds": FOLDS} if FOLDS else {}
     if section["tokens"] == "encoder":
         section |= {"encoder": config["embed"]["encoder"]} | encoder_weights()
     return flags(section, leave_out=("pretrained", *leave_out))
@@ -180,12 +188,18 @@ def evaluation(wildcards):
     return "results/m2ost/evaluation.tsv" if can_evaluate() else []
 
 
+def intervals(wildcards):
+    return "results/m2ost/intervals.tsv" if can_evaluate() else []
+
+
 def folds(wildcards):
     return "results/m2ost/folds" if can_evaluate() else []
 
 
 def evaluation_flag(wildcards):
-    return f"--evaluation {evaluation(wildcards)}" if can_evaluate() else ""
+    """Name the tables of the evaluation that the final model and the predictions quote."""
+    tables = {"evaluation": evaluation(wildcards), "intervals": intervals(wildcards)}
+    return flags(tables) if can_evaluate() else ""
 
 
 def folds_flag(wildcards):

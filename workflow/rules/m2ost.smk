@@ -4,6 +4,7 @@ rule m2ost_evaluate:
         spots=of_measured("spots.h5ad"),
         panel=PANEL,
         weights=WEIGHTS,
+        folds=FOLDS,
     output:
         evaluation="results/m2ost/evaluation.tsv",
         summary=report(
@@ -11,6 +12,8 @@ rule m2ost_evaluate:
             caption="../report/m2ost.rst",
             category="Expression",
         ),
+        structure="results/m2ost/structure.tsv",
+        intervals="results/m2ost/intervals.tsv",
         folds=directory("results/m2ost/folds"),
     log:
         "results/logs/m2ost_evaluate.log",
@@ -36,6 +39,7 @@ rule m2ost_train:
         pyramids=of_measured("pyramid.ome.zarr"),
         spots=of_measured("spots.h5ad"),
         evaluation=evaluation,
+        intervals=intervals,
         panel=PANEL,
         weights=WEIGHTS,
     output:
@@ -55,7 +59,7 @@ rule m2ost_train:
     params:
         folders=measured_folders,
         evaluation=evaluation_flag,
-        options=m2ost_flags(leave_out=("folds", "k")),
+        options=m2ost_flags(leave_out=EVALUATED),
     shell:
         "histrata m2ost train {params.folders:q} --out {output:q} {params.evaluation} {params.options} --device {resources.device} > {log:q} 2>&1"
 
@@ -67,6 +71,7 @@ rule m2ost_predict:
         model=model,
         folds=folds,
         evaluation=evaluation,
+        intervals=intervals,
         weights=WEIGHTS,
     output:
         "results/slides/{slide}/expression.h5ad",

@@ -16,9 +16,13 @@ https://doi.org/10.1080/01621459.2022.2060112), 9 for 90 %. With fewer, the inte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
+
+from histrata.errors import HistrataError, quoted
 
 ALPHA = 0.1
 """Share of spots that an interval may miss."""
@@ -53,6 +57,37 @@ def half_widths(of_patients: Mapping[str, np.ndarray], alpha: float = ALPHA) -> 
     known = {name: values for name, values in sorted(of_patients.items()) if len(values)}
     widths = {name: _quantile([v for other, v in known.items() if other != name], alpha) for name in of_patients}
     return {**widths, NEW: _quantile(list(known.values()), alpha)}
+
+
+def read_intervals(path: Path) -> pd.DataFrame:
+    """Read `intervals.tsv`: `gene`, `patient`, `half_width` and `unit`.
+
+    Raises
+    ------
+    HistrataError
+        Where the file is missing or is another table.
+    """
+    try:
+        names = dict.fromkeys(("gene", "patient", "unit"), str)
+        table = pd.read_csv(path, sep="\t", dtype=names, keep_default_na=False, na_values={"half_width": [""]})
+        return table[["gene", "patient", "half_width", "unit"]].astype({"half_width": np.float64})
+    except (OSError, ValueError, KeyError) as error:
+        raise HistrataError(
+            f"{path}: not the intervals of an evaluation ({quoted(error)}); write them with `histrata m2ost evaluate`"
+        ) from error
+
+
+def widths_of(intervals: pd.DataFrame, genes: Sequence[str], patient: str = NEW) -> np.ndarray:
+    """Return float64 (genes,), half the width of each gene's interval for a patient; NaN where there is none."""
+    found = intervals[intervals["patient"] == patient].set_index("gene")["half_width"].reindex(list(genes))
+    widths: np.ndarray = found.to_numpy(np.float64)
+    return widths
+
+
+def bounds(mean: np.ndarray, std: np.ndarray | None, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return float32 (spots, genes), lower and upper end of the intervals; log1p of counts is never below 0."""
+    half = widths if std is None else widths * std
+    return np.maximum(mean - half, 0).astype(np.float32), (mean + half).astype(np.float32)
 
 
 def _quantile(of_patients: list[np.ndarray], alpha: float) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
+from histrata.expression.conformal import read_intervals, widths_of
 from histrata.expression.metrics import KINDS, gene_scores, read_evaluation
 from histrata.expression.model import TrainedModel, save_model
 from histrata.expression.panel import choose_panel
@@ -20,18 +22,22 @@ def train_final(
     options: M2OSTOptions,
     *,
     evaluation: Path | None = None,
+    intervals: Path | None = None,
     checkpoints: Path,
 ) -> None:
     """Train a model on every measured slide; write its folder to `out`.
 
     `evaluation` (`evaluation.tsv`) puts the cross-validated figures of each gene beside it in `genes.tsv`, and
-    those of the whole into `card.md`; without it, the card says that the model was not evaluated. A stopped training
-    goes on from its state in `checkpoints`, which is removed at the end.
+    those of the whole into `card.md`; without it, the card says that the model was not evaluated. `intervals`
+    (`intervals.tsv`) gives its predictions their intervals. A stopped training goes on from its state in `checkpoints`,
+    which is removed at the end.
     """
     table = read_evaluation(evaluation) if evaluation else None
     sections = read_measured_sections(folders)
     panel = choose_panel(sections, options.panel, options.n_genes)
     model = train(sections, panel, options, checkpoints)
+    if intervals:
+        model = replace(model, half_width=widths_of(read_intervals(intervals), panel))
     scores = gene_scores(table).reindex(panel) if table is not None else None
     save_model(model, out, _card(model, table), scores)
     remove_checkpoints(checkpoints)

@@ -48,6 +48,9 @@ class TrainedModel:
         um/px of each level, finest first, and side of the windows in px.
     config
         What `config.json` says of the model.
+    half_width
+        float64 (genes,), half the width of the interval around a prediction for a new patient, in units of the
+        predicted deviation where there is one; None where none was calibrated.
     encoder, cache
         What makes the tokens, and the folder that keeps them, where the network does not take windows itself.
     """
@@ -60,6 +63,7 @@ class TrainedModel:
     config: dict[str, Any]
     encoder: TokenEncoder | None = None
     cache: Path = Path("results/m2ost/tokens")
+    half_width: np.ndarray | None = None
 
     def predict(
         self, sections: Sequence[Section], *, batch_size: int = 64, device: str = "auto"
@@ -117,6 +121,8 @@ def save_model(model: TrainedModel, folder: Path, card: str, scores: pd.DataFram
         A row for each gene (indexed by symbol) with how well it was predicted in cross-validation.
     """
     genes = pd.DataFrame({"gene": model.genes, "mean": model.targets.mean, "std": model.targets.std})
+    if model.half_width is not None:
+        genes["half_width"] = model.half_width
     if scores is not None:
         genes = genes.join(scores, on="gene")
     weights = {f"network.{name}": tensor for name, tensor in model.network.state_dict().items()}
@@ -149,7 +155,11 @@ def load_model(folder: Path, encoder_weights: Path | None = None, cache: Path | 
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text())
-        genes = pd.read_csv(folder / "genes.tsv", sep="\t", dtype={"gene": str}, keep_default_na=False)["gene"]
+        named = pd.read_csv(
+            folder / "genes.tsv", sep="\t", dtype={"gene": str}, keep_default_na=False, na_values={"half_width": [""]}
+        )
+        genes = named["gene"]
+        half_width = named["half_width"].to_numpy(np.float64) if "half_width" in named else None
         tensors = load_file(folder / "model.safetensors")
         network = create_model(config["model"], **config["architecture"])
         state = {k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")}
@@ -167,7 +177,9 @@ def load_model(folder: Path, encoder_weights: Path | None = None, cache: Path | 
             f"{folder}: not a whole M2OST model ({reason}); train it again with `histrata m2ost train`"
         ) from error
     encoder = _load_encoder(folder, config["encoder"], encoder_weights) if config.get("encoder") else None
-    return TrainedModel(network, genes.tolist(), targets, mpp, size, config, encoder, cache or folder.parent / "tokens")
+    return TrainedModel(
+        network, genes.tolist(), targets, mpp, size, config, encoder, cache or folder.parent / "tokens", half_width
+    )
 
 
 def _load_encoder(folder: Path, used: dict[str, Any], weights: Path | None) -> TokenEncoder:

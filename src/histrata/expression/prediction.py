@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from histrata.errors import HistrataError
+from histrata.expression.conformal import bounds, read_intervals, widths_of
 from histrata.expression.metrics import gene_scores, read_evaluation
 from histrata.expression.model import load_model
 from histrata.expression.sections import read_section
@@ -21,11 +23,15 @@ def predict(
     *,
     folds: Path | None = None,
     evaluation: Path | None = None,
+    intervals: Path | None = None,
     encoder_weights: Path | None = None,
     cache: Path | None = None,
     device: str = "auto",
 ) -> None:
     """Predict expression at every spot of a slide; write `expression.h5ad`.
+
+    `layers["std"]` is there where the model was trained with a likelihood; `layers["lower"]` and `["upper"]`, the ends
+    of 90 % intervals, where they were calibrated on at least two patients that were held out.
 
     Parameters
     ----------
@@ -40,6 +46,8 @@ def predict(
         model was trained on this slide and would only repeat what it learnt. `obs["fold"]` names the fold.
     evaluation
         `evaluation.tsv`; its figures of each gene go into `var`.
+    intervals
+        `intervals.tsv`, for a slide that was held out; other slides have the intervals that the model came with.
     encoder_weights, cache
         See `histrata.expression.model.load_model`.
     device
@@ -69,6 +77,12 @@ def predict(
         table.layers["measured"] = section.targets(trained.genes)
     if std is not None:
         table.layers["std"] = std
+    widths = trained.half_width
+    if fold:
+        known = read_intervals(intervals) if intervals else None
+        widths = None if known is None else widths_of(known, trained.genes, section.patient_id)
+    if widths is not None and not np.isnan(widths).all():
+        table.layers["lower"], table.layers["upper"] = bounds(mean, std, widths)
     if fold:
         table.obs["fold"] = pd.Categorical([fold] * table.n_obs)
     write_table(table, out)
