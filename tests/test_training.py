@@ -183,6 +183,15 @@ def test_levels_of_any_scale(sections, panel, tiny, tmp_path):
     assert np.isfinite(model.predict(sections, device="cpu")[0]).all()
 
 
+def test_levels_finer_than_the_slide_are_refused(trained, sections, panel, tiny, tmp_path, caplog):
+    says = r"slide 'a2' has 1 um/px, coarser than the 0\.5 um/px of M2OST's finest level: set m2ost\.field_um to 16 or"
+    with pytest.raises(HistrataError, match=says):
+        train(sections, panel, replace(tiny, field_um=8.0), tmp_path)
+    replace(trained[0], mpp=(0.5, 1.0)).predict(sections[:1], device="cpu")
+    assert "slide 'a2' has 1 um/px, coarser than the 0.5" in caplog.text
+    train(sections, panel, replace(tiny, field_um=14.8, epochs=1), tmp_path)
+
+
 def test_the_average_of_the_weights_predicts(sections, panel, tiny, tmp_path):
     """Against the average, kept by hand, of what a run without it leaves after each of its steps."""
     one_step = replace(tiny, batch_size=1000, warmup=0.0)

@@ -8,6 +8,7 @@ are log1p of counts per 10,000, standardised for each gene on the training spots
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,14 @@ from tqdm import tqdm
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError
-from histrata.expression.sections import Section
+from histrata.expression.sections import Section, find_coarse
 from histrata.expression.targets import Targets
 from histrata.expression.tokens import SpotTokens, TokenEncoder
 from histrata.expression.windows import Batch, Spots, SpotWindows
 from histrata.files import whole
 from histrata.registry import create_model
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ class TrainedModel:
         tuple
             float32 (spots, genes) twice; the second is None where the model was trained without a likelihood.
         """
+        if coarse := find_coarse(sections, self.mpp[0], self.size):
+            # No reason to stop: the other slides of a run are not to wait for this one.
+            log.warning("the model was not made for this: %s", coarse)
         where = find_device(device)
         network = self.network.to(where).eval()
         spots: Spots = SpotWindows(sections, self.mpp, self.size)

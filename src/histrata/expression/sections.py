@@ -21,6 +21,10 @@ from histrata.tables import log1p_cp10k, read_table
 log = logging.getLogger(__name__)
 
 
+_FINER = 1.1
+"""Times that windows may be finer than their slide: as much as scanners differ at one magnification."""
+
+
 @dataclass(frozen=True)
 class Section:
     """Spots of one slide, with what was measured there.
@@ -70,6 +74,26 @@ class Section:
 def slide_table(sections: Sequence[Section]) -> pd.DataFrame:
     """Return what folds are made from: `slide_id`, `patient_id` and `image` of each section."""
     return pd.DataFrame({"slide_id": s.slide_id, "patient_id": s.patient_id, "image": s.image} for s in sections)
+
+
+def find_coarse(sections: Sequence[Section], mpp: float, size: int) -> str | None:
+    """Say which slide is coarser than what is asked of it, by more than a tenth: its windows would be blown up.
+
+    Parameters
+    ----------
+    sections
+        The slides.
+    mpp, size
+        um/px of the finest level, and side of its windows in px.
+    """
+    for section in sections:
+        finest = section.pyramid.mpp
+        if mpp * _FINER < finest:
+            return (
+                f"slide '{section.slide_id}' has {finest:.4g} um/px, coarser than the {mpp:.4g} um/px of M2OST's "
+                f"finest level: set m2ost.field_um to {finest * size:.4g} or more, or m2ost.size to fewer pixels"
+            )
+    return None
 
 
 def read_section(folder: Path) -> Section:

@@ -26,7 +26,7 @@ from histrata.devices import find_device
 from histrata.errors import HistrataError
 from histrata.expression.metrics import correlation
 from histrata.expression.model import TrainedModel, load_batches, scaled
-from histrata.expression.sections import Section, slide_table
+from histrata.expression.sections import Section, find_coarse, slide_table
 from histrata.expression.targets import LOSSES, Targets, fit_targets
 from histrata.expression.tokens import SpotTokens, TokenEncoder
 from histrata.expression.windows import Batch, EpochSampler, Spots, SpotWindows
@@ -301,6 +301,8 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
     architecture: Any = network.config
     fields = (options.field_um * wider for wider in architecture.fields_of_view)
     mpp = tuple(options.mpp) or tuple(field / size for field in fields)
+    if coarse := find_coarse(sections, mpp[0], size):
+        raise HistrataError(coarse)
     spots: Spots
     if encoder:
         given: Any = {"targets": values, "seed": options.seed, "device": options.device}
