@@ -3,6 +3,7 @@ rule m2ost_evaluate:
         pyramids=of_measured("pyramid.ome.zarr"),
         spots=of_measured("spots.h5ad"),
         panel=PANEL,
+        features=measured_features,
     output:
         evaluation="results/m2ost/evaluation.tsv",
         summary=report(
@@ -10,6 +11,8 @@ rule m2ost_evaluate:
             caption="../report/m2ost.rst",
             category="Expression",
         ),
+        structure="results/m2ost/structure.tsv",
+        intervals="results/m2ost/intervals.tsv",
         folds=directory("results/m2ost/folds"),
     log:
         "results/logs/m2ost_evaluate.log",
