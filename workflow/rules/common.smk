@@ -171,6 +171,11 @@ def of_measured(name):
     return files
 
 
+def measured_features(wildcards):
+    """Return the features that baselines learn from, where there is an encoder."""
+    return of_measured("embedding.h5ad")(wildcards) if config["embed"]["encoder"] else []
+
+
 def measured_folders(wildcards):
     return [f"results/slides/{slide}" for slide in measured()]
 

@@ -5,6 +5,7 @@ rule m2ost_evaluate:
         panel=PANEL,
         weights=WEIGHTS,
         folds=FOLDS,
+        features=measured_features,
     output:
         evaluation="results/m2ost/evaluation.tsv",
         summary=report(

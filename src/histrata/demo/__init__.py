@@ -125,8 +125,15 @@ def demo_config() -> dict[str, Any]:
         "patients": "patients.tsv",
         "spots": {"pitch_um": PITCH_UM, "diameter_um": DIAMETER_UM},
         "embed": {"encoder": ENCODER, "weights": "encoder.safetensors", "mpp": [1.0]},
-        # Two folds of two patients: half the time of one fold a patient.
-        "m2ost": {"epochs": 16, "n_genes": 100, "folds": "grouped-k-fold", "k": 2},
+        # Two folds of two patients, M2OST alone: a fifth of the time of one fold a patient with controls.
+        "m2ost": {
+            "epochs": 16,
+            "n_genes": 100,
+            "folds": "grouped-k-fold",
+            "k": 2,
+            "controls": False,
+            "single_level": False,
+        },
     }
 
 

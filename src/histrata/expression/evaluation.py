@@ -112,12 +112,19 @@ def evaluate(
     panel = options.panel if options.panel in PANELS else Path(options.panel).stem
     with whole(out / "folds") as part:
         part.mkdir()
-        predictions = [p for fold in made for p in _run_fold(run, fold, part / fold.name)]
+        scores, slide_scores, kept = [], [], []
+        for p in (p for fold in made for p in _run_fold(run, fold, part / fold.name)):
+            scores.append(_scores(p))
+            slide_scores.append(_structure(p, options.seed))
+            if p.method == "m2ost":
+                # The intervals of one patient take the predictions of all; those of other methods are let go.
+                kept.append((p, scores[-1]))
         held_out = [(s, sections[s].patient_id, fold.name) for fold in made for s in fold.test]
         pd.DataFrame(held_out, columns=["slide", "patient", "fold"]).to_csv(part / "folds.tsv", sep="\t", index=False)
-        intervals = _intervals([p for p in predictions if p.method == "m2ost"], join_subjects(slides))
-        evaluation = pd.concat([_scores(p, intervals) for p in predictions])[list(COLUMNS)]
-        structure = pd.DataFrame([_structure(p, options.seed) for p in predictions])
+        intervals = _intervals([p for p, _ in kept], join_subjects(slides))
+        for p, table in kept:
+            table["coverage"] = _coverage(p, intervals)
+        evaluation, structure = pd.concat(scores)[list(COLUMNS)], pd.DataFrame(slide_scores)
         summary = summarise(evaluation, panel, structure, seed=options.seed)
     write_tsv(evaluation, out / "evaluation.tsv")
     write_tsv(structure, out / "structure.tsv")
@@ -265,21 +272,18 @@ def _intervals(predictions: Sequence[_Prediction], subject_of: Mapping[str, str]
     return pd.DataFrame(rows, columns=["gene", "patient", "half_width", "unit"])
 
 
-def _scores(p: _Prediction, intervals: pd.DataFrame) -> pd.DataFrame:
-    """Score the prediction of a slide: a row for each gene."""
-    truth = p.section.targets(p.panel)
-    scores = score(truth, p.mean, find_places(p.section.spots))
-    scores["coverage"] = _coverage(p, truth, intervals) if p.method == "m2ost" else np.nan
-    return scores.assign(
-        fold=p.fold, slide=p.section.slide_id, patient=p.section.patient_id, gene=p.panel, method=p.method
-    )
+def _scores(p: _Prediction) -> pd.DataFrame:
+    """Score the prediction of a slide: a row for each gene, without a coverage so far."""
+    scores = score(p.section.targets(p.panel), p.mean, find_places(p.section.spots))
+    names = {"fold": p.fold, "slide": p.section.slide_id, "patient": p.section.patient_id, "method": p.method}
+    return scores.assign(**names, gene=p.panel, coverage=np.nan)
 
 
-def _coverage(p: _Prediction, truth: np.ndarray, intervals: pd.DataFrame) -> np.ndarray:
+def _coverage(p: _Prediction, intervals: pd.DataFrame) -> np.ndarray:
     """Return the share of spots whose truth lies in the interval, for each gene; NaN where there is no interval."""
     of_patient = intervals[intervals["patient"] == p.section.patient_id].set_index("gene")["half_width"]
     width = of_patient.reindex(p.panel).to_numpy(dtype=np.float64)
-    distance = residuals(truth, p.mean, p.std)
+    distance = residuals(p.section.targets(p.panel), p.mean, p.std)
     result: np.ndarray = np.where(
         np.isnan(width) | np.isnan(distance).any(axis=0), np.nan, (distance <= width).mean(axis=0)
     )

@@ -440,7 +440,7 @@ def _local_random_state(device: torch.device) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Leave out Lightning's advice that does not fit here (workers: reading threads do their work)."""
     with warnings.catch_warnings():
-        for text in (".*does not have many workers.*", ".*val_dataloader.*"):
+        for text in (".*does not have many workers.*", ".*val_dataloader.*", ".*treespec.*"):
             warnings.filterwarnings("ignore", text)
         for name in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
