@@ -29,7 +29,7 @@ of its choice, and turns and flips all levels of a spot alike. With ``tokens="en
   `scaled_dot_product_attention`: the same numbers in less time and memory. Dropout is applied to the
   outputs of attention, not to its weights, which would leave the fused kernels.
 - On a CPU, float32 products go through oneDNN, and patches are cut colour by colour, with the weights of the first
-  layer reordered to that: the same numbers again. docs/performance.md has what this gives.
+  layer reordered to that: the same numbers again. docs/m2ost.md has what this gives.
 - The normalisation that the ITMM creates and never uses is left out, so every parameter gets a gradient.
 - Nothing is computed that no output depends on: in the last layer only the class tokens and the mean of all
   tokens go through the CTMM's projection and the CCMM.
