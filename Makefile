@@ -46,7 +46,7 @@ lint: setup
 	$(BIN)/snakemake --lint --configfile config/her2st/config.yaml
 
 bench: setup
-	@for name in check pyramid windows memory training; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@for name in check pyramid windows memory m2ost_train m2ost_predict; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lock: setup
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --generate-hashes --upgrade \

@@ -21,7 +21,12 @@ CORES = 2
 
 def use_two_cores() -> None:
     """Keep this process, and those that it starts, to two cores, however many the machine has (Linux)."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    use_cores(CORES)
+
+
+def use_cores(count: int) -> None:
+    """Keep this process, and those that it starts, to the first cores that it may use (Linux)."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 def in_turn(sides: dict[str, Callable[[Path], object]], repeats: int) -> dict[str, float]:

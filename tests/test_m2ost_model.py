@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from scipy.special import erf, expit, softmax
 
 from histrata.errors import HistrataError
+from histrata.expression import m2ost
 from histrata.expression.m2ost import M2OST, M2OSTConfig, from_published, load_published_weights
 from histrata.registry import create_model, list_models
 
@@ -294,6 +295,19 @@ def test_only_the_published_arrangement_is_blind_to_brightness_and_contrast():
     blind, seeing = tiny(patch_norm=True).eval(), tiny().eval()
     torch.testing.assert_close(blind(views), blind(paler), atol=1e-2, rtol=0)
     assert (seeing(views) - seeing(paler)).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("option", [{}, {"patch_norm": True}, {"window_norm": True}])
+def test_gradients_are_those_of_torchs_own_products(option, monkeypatch):
+    views = views_for(M2OSTConfig(**TINY))
+    gradients = []
+    for enabled in (True, False):
+        model = tiny(**option).eval()
+        monkeypatch.setattr(m2ost, "_HAS_ONEDNN", enabled)
+        model(views).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_levels_are_not_interchangeable():

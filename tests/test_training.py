@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from scipy.stats import nbinom, norm
 from histrata.devices import find_device
 from histrata.errors import HistrataError
 from histrata.expression.metrics import correlation
-from histrata.expression.model import load_model, save_model
+from histrata.expression.model import load_batches, load_model, save_model
 from histrata.expression.panel import choose_panel
 from histrata.expression.sections import read_measured_sections
 from histrata.expression.targets import LOSSES, fit_targets
@@ -82,6 +83,52 @@ def test_predictions_do_not_depend_on_batches_and_are_not_negative(trained, sect
     assert predicted.min() >= 0
     alone, _ = model.predict(sections[1:], device="cpu", batch_size=7)
     np.testing.assert_allclose(predicted[-len(alone) :], alone, atol=1e-4)
+
+
+class Numbers:
+    """What a loader takes; the spot `bad` cannot be read."""
+
+    seed = epoch = 0
+    section_of = np.zeros(7, dtype=int)
+
+    def __init__(self, bad=None):
+        self.bad, self.read = bad, []
+
+    def __len__(self):
+        return len(self.section_of)
+
+    def __getitems__(self, indices):
+        if self.bad in indices:
+            raise HistrataError("damaged")
+        self.read += indices
+        return [torch.tensor(indices)], torch.empty(len(indices), 0)
+
+
+def test_batches_are_read_ahead_in_order():
+    spots, seen = Numbers(), []
+    loader = load_batches(spots, range(7), 2)
+    for _ in range(2):
+        seen = [levels[0].tolist() for levels, _ in loader]
+        assert seen == [[0, 1], [2, 3], [4, 5], [6]]
+    assert len(loader) == 4
+    first = next(iter(loader))[0][0]
+    assert first.tolist() == [0, 1]
+
+
+def test_what_cannot_be_read_is_an_error_at_its_batch():
+    batches = iter(load_batches(Numbers(bad=4), range(7), 2))
+    assert [next(batches)[0][0].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(HistrataError, match="damaged"):
+        next(batches)
+
+
+def test_nothing_is_read_after_a_loop_that_ends_early():
+    spots = Numbers()
+    batches = iter(load_batches(spots, range(7), 2))
+    next(batches)
+    batches.close()
+    assert len(spots.read) == 4
+    assert not [t for t in threading.enumerate() if t.name.startswith("read ahead")]
 
 
 def test_same_seed_same_bytes(trained, sections, panel, tiny, tmp_path):

@@ -28,6 +28,8 @@ of its choice, and turns and flips all levels of a spot alike. With ``tokens="en
 - Queries, keys and values of a level come from one matrix, and attention runs through
   `scaled_dot_product_attention`: the same numbers in less time and memory. Dropout is applied to the
   outputs of attention, not to its weights, which would leave the fused kernels.
+- On a CPU, float32 products go through oneDNN, and patches are cut colour by colour, with the weights of the first
+  layer reordered to that: the same numbers again. docs/m2ost.md has what this gives.
 - The normalisation that the ITMM creates and never uses is left out, so every parameter gets a gradient.
 - Nothing is computed that no output depends on: in the last layer only the class tokens and the mean of all
   tokens go through the CTMM's projection and the CCMM.
@@ -57,6 +59,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils import skip_init
 
@@ -67,6 +70,8 @@ from histrata.registry import make_config, register_model
 MAX_GRANULARITIES = 3
 # The published code gives its CTMM three heads whatever it is configured with.
 PUBLISHED_CROSS_HEADS = 3
+# What torch's own compiler multiplies with; a build without oneDNN does not have it.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _CHOICES = {"tokens": ("patches", "encoder"), "head": ("class", "mean")}
 
 
@@ -226,16 +231,33 @@ class DPE(nn.Module):
         """Turn views (n, 3, size, size) into tokens (n, n_tokens(level), dim), one tensor for each level."""
         if self.window_norm:
             views = [nn.functional.instance_norm(view) for view in views]
-        elif not self.patch_norm:
-            # From 0..1 to the spread that the embeddings would otherwise get from their normalisation.
-            views = [(view - 0.5) * 4 for view in views]
         tokens = [[self.class_token.expand(len(view), -1, -1)] for view in views]
         for j, embed in reversed(list(enumerate(self.embeddings))):
             # All levels that are cut at this granularity go through its embedding in one piece.
             cut = [_patches(view, self.size // 2**j, self.patch_size // 2**j) for view in views[j:]]
-            for level, embedded in enumerate(embed(torch.stack(cut).flatten(-3).flatten(2, 3)), start=j):
+            for level, embedded in enumerate(self._embed(embed, torch.stack(cut).flatten(4).flatten(2, 3)), start=j):
                 tokens[level].append(embedded)
         return [torch.cat(t, dim=1) + position for t, position in zip(tokens, self.positions, strict=True)]
+
+    def _embed(self, embed: Any, patches: Tensor) -> Tensor:
+        """Embed patches (..., 3 * patch * patch), colour by colour; the weights are for pixel by pixel."""
+        norm, first, *further = embed
+        weight, bias = _by_colour(first.weight), first.bias
+        if self.patch_norm:
+            shape = patches.shape[-1:]
+            patches = nn.functional.layer_norm(patches, shape, _by_colour(norm.weight), _by_colour(norm.bias), norm.eps)
+        elif not self.window_norm:
+            # From 0..1 to the spread that the embeddings would otherwise get from a normalisation: 4 (x - 1/2).
+            weight, bias = 4 * weight, bias - 2 * weight.sum(dim=1)
+        x = _multiply(patches, weight, bias)
+        for module in further:
+            x = module(x)
+        return x
+
+
+def _by_colour(weight: Tensor) -> Tensor:
+    """Reorder the last axis (pixels, 3) of weights to (3, pixels): patches are cut faster so."""
+    return weight.unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(-2)
 
 
 class TokenEmbedding(nn.Module):
@@ -262,10 +284,10 @@ class TokenEmbedding(nn.Module):
 
 
 def _patches(view: Tensor, crop: int, patch: int) -> Tensor:
-    """Cut the centre of (n, 3, size, size) into (n, rows, columns, patch, patch, 3), without a copy."""
+    """Cut the centre of (n, 3, size, size) into (n, rows, columns, 3, patch, patch), without a copy."""
     start = (view.shape[-1] - crop) // 2
     centre = view[..., start : start + crop, start : start + crop]
-    return centre.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)
+    return centre.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
 
 
 def _patch_embedding(config: M2OSTConfig, j: int) -> nn.Sequential:
@@ -504,9 +526,55 @@ class M2OST(nn.Module):
             embedding.normal_(0, self.config.position_std, generator=generator)
 
 
+class _Linear(nn.Linear):
+    """A linear layer that is multiplied by oneDNN on a CPU: the same float32 numbers as torch's, sooner.
+
+    torch gives float32 products to MKL, which leaves the widest registers of processors other than Intel's unused.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply (..., in) by the weight and add the bias."""
+        return _multiply(input, self.weight, self.bias)
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Do what `torch.nn.functional.linear` does, on a CPU with float32 through oneDNN."""
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel() or torch.is_autocast_enabled("cpu")
+    if plain or not (_HAS_ONEDNN and torch.backends.mkldnn.enabled):
+        return nn.functional.linear(x, weight, bias)
+    product: Tensor = _OneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
+    return product
+
+
+class _OneDNN(torch.autograd.Function):
+    """A linear layer and its gradients, each one product of oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            _product(grad, weight.t()) if of_x else None,
+            _product(rows.t(), x.flatten(0, -2).t()) if of_weight else None,
+            rows.sum(dim=0) if of_bias else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
 def _linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
     """Make a linear layer without drawing its weights, which would advance the global random state."""
-    return skip_init(nn.Linear, n_in, n_out, bias=bias)
+    return skip_init(_Linear, n_in, n_out, bias=bias)
 
 
 def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,25 @@ class TrainedModel:
         return self.targets.expression(np.concatenate(outputs))
 
 
+class _ReadAhead(DataLoader[Batch]):
+    """A loader of which a thread reads the next batch while the last one is computed with."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Go through the batches; an error while reading one is raised where that batch would have come."""
+        batches = super().__iter__()
+        with ThreadPoolExecutor(1, "read ahead") as reader:
+            ahead = reader.submit(next, batches, None)
+            while (batch := ahead.result()) is not None:
+                ahead = reader.submit(next, batches, None)
+                yield batch
+
+
 def load_batches(windows: Spots, order: Any, batch_size: int) -> DataLoader[Batch]:
-    """Load whole batches of windows in an order (indices, or a sampler)."""
+    """Load whole batches of windows in an order (indices, or a sampler), one batch ahead of what asks for them."""
     # A loader draws a seed for its workers even without any: not from torch's global generator.
     source: Any = windows
     kept: Any = _as_it_is
-    return DataLoader(source, batch_size=batch_size, sampler=order, collate_fn=kept, generator=torch.Generator())
+    return _ReadAhead(source, batch_size=batch_size, sampler=order, collate_fn=kept, generator=torch.Generator())
 
 
 def _as_it_is(batch: Batch) -> Batch:
@@ -109,7 +123,7 @@ def _as_it_is(batch: Batch) -> Batch:
 def scaled(levels: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """Bring uint8 windows to a device, as floats in 0..1; tokens of an encoder as they are."""
     moved = [level.to(device, non_blocking=True) for level in levels]
-    return [level.float() / 255 if level.dtype == torch.uint8 else level for level in moved]
+    return [level.float().div_(255) if level.dtype == torch.uint8 else level for level in moved]
 
 
 def save_model(model: TrainedModel, folder: Path, card: str, scores: pd.DataFrame | None = None) -> None:
