@@ -6,7 +6,7 @@ fold.
 A last line for each variant has the mean over folds and its difference to the recommended arrangement (`base`).
 Differences below the spread of `base` over seeds say nothing.
 
-    python benchmarks/m2ost_ablation.py runs/mob/results/slides/{04,09,11} --field-um 308
+    python benchmarks/m2ost_ablation.py runs/mob/results/slides/{04,09,11}
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="result folders of measured slides")
-    parser.add_argument("--field-um", type=float, default=154.0)
+    parser.add_argument("--field-um", type=float)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=1, help="of every variant")
     parser.add_argument("--only", nargs="*", help="names of variants, in the order to try them; default: all")

@@ -239,6 +239,13 @@ def test_levels_finer_than_the_slide_are_refused(trained, sections, panel, tiny,
     train(sections, panel, replace(tiny, field_um=14.8, epochs=1), tmp_path)
 
 
+def test_the_field_of_view_is_the_papers_or_what_a_coarse_slide_can_show(sections, panel, tiny, tmp_path):
+    free = replace(tiny, field_um=None, epochs=1)
+    assert train(sections, panel, free, tmp_path).config["fields_um"] == pytest.approx([154, 308])
+    wide = replace(free, size=176)  # at 1 um/px, the paper's field would be less than a px for each
+    assert train(sections[:1], panel, wide, tmp_path).config["fields_um"] == pytest.approx([176, 352])
+
+
 def test_the_average_of_the_weights_predicts(sections, panel, tiny, tmp_path):
     """Against the average, kept by hand, of what a run without it leaves after each of its steps."""
     one_step = replace(tiny, batch_size=1000, warmup=0.0)
@@ -353,6 +360,7 @@ def encoder_file(tmp_path_factory):
 def test_tokens_of_an_encoder_feed_the_model(sections, panel, tiny, tmp_path, encoder_file):
     options = replace(
         tiny,
+        field_um=160.0,
         tokens="encoder",
         encoder="test_vit",
         encoder_weights=encoder_file,

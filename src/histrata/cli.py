@@ -249,7 +249,10 @@ ModelOption = Annotated[
     list[str], typer.Option(help="key=value of the model's configuration; may be given several times.")
 ]
 Levels = Annotated[int, typer.Option(help="Levels of a spot; each sees twice as far as the one before.")]
-FieldUm = Annotated[float, typer.Option(help="Side of the finest level's windows in um.")]
+FieldUm = Annotated[
+    float | None,
+    typer.Option(help="Side of the finest level's windows in um; default: 154, or what a coarser slide can show."),
+]
 LevelMpp = Annotated[
     list[float],
     typer.Option(help="um/px of a level, finest first; given once for each level, instead of levels and field."),
@@ -346,7 +349,7 @@ def m2ost_evaluate(
     model: Model = "m2ost_small",
     model_option: ModelOption = [],  # noqa: B006
     levels: Levels = 3,
-    field_um: FieldUm = 154.0,
+    field_um: FieldUm = None,
     mpp: LevelMpp = [],  # noqa: B006
     size: Size = None,
     tokens: Tokens = "patches",
@@ -408,7 +411,7 @@ def m2ost_train(
     model: Model = "m2ost_small",
     model_option: ModelOption = [],  # noqa: B006
     levels: Levels = 3,
-    field_um: FieldUm = 154.0,
+    field_um: FieldUm = None,
     mpp: LevelMpp = [],  # noqa: B006
     size: Size = None,
     tokens: Tokens = "patches",

@@ -39,7 +39,7 @@ class _Run:
     single_level: bool
     serial: bool
     frozen: baselines.Features | None
-    colours: dict[str, np.ndarray] = field(default_factory=dict)
+    colours: dict[tuple[float, ...], dict[str, np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,16 @@ def _run_fold(run: _Run, fold: Fold, folder: Path) -> Iterator[_Prediction]:
     panel = choose_panel(training, run.options.panel, run.options.n_genes)
     mean, std, model = _m2ost(training, test, panel, run.options, run.checkpoints)
     save_model(model, folder, f"# M2OST, fold {fold.name}\n\nHeld out: {', '.join(fold.test)}.\n")
-    _add_colours(run, [model.size * mpp for mpp in model.mpp])
+    colours = _colours(run, tuple(model.size * mpp for mpp in model.mpp))
     yield from _of_slides(fold.name, "m2ost", test, panel, mean, std)
-    for method, predicted in _baselines(run, training, test, panel):
+    for method, predicted in _baselines(run, training, test, panel, colours):
         yield from _of_slides(fold.name, method, test, panel, predicted)
     for method, altered, options in _variants(run, training):
         log.info("fold %s: %s", fold.name, method)
         predicted, deviation, _ = _m2ost(altered, test, panel, options, run.checkpoints / method)
         yield from _of_slides(fold.name, method, test, panel, predicted, deviation)
     for leaky in make_serial_folds(fold, run.slides):
-        yield from _run_serial(run, leaky, panel)
+        yield from _run_serial(run, leaky, panel, colours)
 
 
 def _m2ost(
@@ -171,11 +171,15 @@ def _m2ost(
 
 
 def _baselines(
-    run: _Run, training: Sequence[Section], test: Sequence[Section], panel: Sequence[str]
+    run: _Run,
+    training: Sequence[Section],
+    test: Sequence[Section],
+    panel: Sequence[str],
+    colours: baselines.Features,
 ) -> Iterator[tuple[str, np.ndarray]]:
     yield "constant", baselines.constant(training, test, panel)
-    yield "colour_ridge", baselines.colour_ridge(training, test, panel, run.colours)
-    yield "knn", baselines.knn(training, test, panel, run.frozen or run.colours)
+    yield "colour_ridge", baselines.colour_ridge(training, test, panel, colours)
+    yield "knn", baselines.knn(training, test, panel, run.frozen or colours)
     if run.frozen:
         yield "pca_ridge", baselines.pca_ridge(training, test, panel, run.frozen, seed=run.options.seed)
 
@@ -192,14 +196,14 @@ def _variants(run: _Run, training: Sequence[Section]) -> Iterator[tuple[str, lis
             yield method, [permute(s, _order(s, method, run.options.seed)) for s in training], run.options
 
 
-def _run_serial(run: _Run, leaky: Fold, panel: Sequence[str]) -> Iterator[_Prediction]:
+def _run_serial(run: _Run, leaky: Fold, panel: Sequence[str], colours: baselines.Features) -> Iterator[_Prediction]:
     """Predict a slide by what was trained on its patient's other slides too; the genes are those of the honest fold."""
     training, test = ([run.sections[s] for s in side] for side in (leaky.train, leaky.test))
     common = [gene for gene in panel if all(gene in s.spots.var_names for s in training)]
     if not common:
         return
     name = f"serial-{leaky.name}"
-    ridge = baselines.colour_ridge(training, test, common, run.colours)
+    ridge = baselines.colour_ridge(training, test, common, colours)
     yield from _of_slides(name, "colour_ridge_serial", test, common, ridge)
     if run.serial:
         method = "m2ost_serial"
@@ -207,10 +211,13 @@ def _run_serial(run: _Run, leaky: Fold, panel: Sequence[str]) -> Iterator[_Predi
         yield from _of_slides(name, method, test, common, mean, std)
 
 
-def _add_colours(run: _Run, fields_um: Sequence[float]) -> None:
-    """Take the colours of all slides, once: every fold has the same fields of view."""
-    if not run.colours:
-        run.colours.update({s: baselines.colour_statistics(section, fields_um) for s, section in run.sections.items()})
+def _colours(run: _Run, fields_um: tuple[float, ...]) -> dict[str, np.ndarray]:
+    """Take the colours of all slides in some fields of view, once."""
+    if fields_um not in run.colours:
+        run.colours[fields_um] = {
+            slide: baselines.colour_statistics(section, fields_um) for slide, section in run.sections.items()
+        }
+    return run.colours[fields_um]
 
 
 def _of_slides(

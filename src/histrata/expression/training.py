@@ -36,6 +36,9 @@ from histrata.registry import create_model
 
 log = logging.getLogger(__name__)
 
+PAPER_FIELD_UM = 154.0
+"""Side of the paper's finest windows: 224 px of 0.688 um."""
+
 _CHECKPOINT = "m2ost-{}.ckpt"
 
 _NO_PARAMETERS = {"device", "cache", "encoder_weights"}
@@ -73,6 +76,8 @@ class M2OSTOptions:
         Number of levels of a spot.
     field_um
         Side of the finest level's windows in um; each further level sees twice as far, as the model's crops suppose.
+        None takes the paper's 154 um, or, where a training slide is so coarse that windows would be blown up, as much
+        as they show at its um/px.
     mpp
         um/px of each level, finest first, instead of `levels` and `field_um`.
     size
@@ -117,7 +122,7 @@ class M2OSTOptions:
     model: str = "m2ost_small"
     model_options: Mapping[str, Any] = field(default_factory=dict)
     levels: int = 3
-    field_um: float = 154.0
+    field_um: float | None = None
     mpp: Sequence[float] = ()
     size: int | None = None
     panel: str = "highly_expressed"
@@ -161,7 +166,7 @@ class M2OSTOptions:
         for name, known in known_words.items():
             if getattr(self, name) not in known:
                 raise HistrataError(f"m2ost.{name} is '{getattr(self, name)}'; choose one of {', '.join(known)}")
-        if self.field_um <= 0:
+        if self.field_um is not None and self.field_um <= 0:
             raise HistrataError(f"m2ost.field_um is {self.field_um}; give the side of the finest windows in um")
         if any(mpp <= 0 for mpp in self.mpp) or list(self.mpp) != sorted(set(self.mpp)):
             told = ", ".join(f"{mpp:g}" for mpp in self.mpp)
@@ -299,8 +304,8 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
         encoder = TokenEncoder(str(options.encoder), options.encoder_weights, grid=options.token_grid)
     network, size = _build(panel, targets, options, encoder)
     architecture: Any = network.config
-    fields = (options.field_um * wider for wider in architecture.fields_of_view)
-    mpp = tuple(options.mpp) or tuple(field / size for field in fields)
+    field_um = options.field_um or max(PAPER_FIELD_UM, *(size * section.pyramid.mpp for section in sections))
+    mpp = tuple(options.mpp) or tuple(field_um * wider / size for wider in architecture.fields_of_view)
     if coarse := find_coarse(sections, mpp[0], size):
         raise HistrataError(coarse)
     spots: Spots
