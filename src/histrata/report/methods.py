@@ -148,13 +148,13 @@ def _compare(
 
 def _fails(figures: _Figures, method: str) -> str:
     """Say whether a control fails: whether its error is no lower than that of the constant predictor."""
-    name = f"of {METHODS.get(method, method).removeprefix('M2OST, ')}"
+    name = f"of {METHODS.get(method, method).removeprefix('control: ')}"
     difference = figures.difference(method, "rmse", "constant")
     if not difference:
         return f"The control {name} cannot be judged without the constant predictor."
     rmse, constant = (figures.of(m, "rmse")[0] for m in (method, "constant"))
     told = f"RMSE {rmse:.3f} against {constant:.3f} of the constant predictor, {difference}"
-    if figures.of(method, "rmse", "constant")[2] >= 0:
+    if not figures.of(method, "rmse", "constant")[2] < 0:
         told = f"The control {name} fails, as it must: {told}."
     else:
         told = (

@@ -16,7 +16,7 @@ from histrata.report.summary import figure, metrics_of, read_summary, summary_ta
 _FEW_EVENTS = 100
 _RANKED_GENES = 8
 # More than these would not fit beside each other.
-_OF_GENES = {"pearson": (MAIN, "pca_ridge", "colour_ridge"), "rmse": (MAIN, "colour_ridge", "constant")}
+_OF_GENES = {"pearson": (MAIN, "pca_ridge", "colour_ridge"), "rmse": (MAIN, "constant")}
 
 
 def rank_genes(evaluation: pd.DataFrame | None) -> pd.DataFrame | None:
@@ -47,7 +47,8 @@ def describe_genes(evaluation: pd.DataFrame | None) -> Part:
     total, n = evaluation["gene"].nunique(), int(scores["cv_n_patients"].max())
     notes = [
         f"{total} genes were in the panel of at least one fold; ranked are the {len(rows)} that were evaluated on {n} "
-        "patients. Each figure is the mean over these patients, taken while they were held out."
+        "patients. Each figure is the mean over these patients, taken while they were held out; evaluation.tsv has the "
+        "other methods and figures."
     ]
     if len(rows) <= 2 * _RANKED_GENES:
         return Part(notes, [Table("All genes, best first", columns, rows)])
