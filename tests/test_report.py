@@ -299,6 +299,7 @@ def test_controls_and_leaky_figures_are_set_apart(results: Path) -> None:
     said = _words(expression)
     assert "The control of permuted images fails, as it must: RMSE 1.100 against 1.000 of the constant" in said
     assert "The control of permuted labels does not fail: RMSE 0.900 against 1.000 of the constant" in said
+    assert "difference -0.100 (-0.100 to -0.100), where M2OST has -0.500. It learns something" in said
     assert "difference +0.050 (0.050 to 0.050). It is taken over the genes of each spot, so a constant" in said
     assert "Spot-wise" not in said
     assert "0.910" not in said

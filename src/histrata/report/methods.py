@@ -154,12 +154,15 @@ def _fails(figures: _Figures, method: str) -> str:
         return f"The control {name} cannot be judged without the constant predictor."
     rmse, constant = (figures.of(m, "rmse")[0] for m in (method, "constant"))
     told = f"RMSE {rmse:.3f} against {constant:.3f} of the constant predictor, {difference}"
+    gain = figures.of(MAIN, "rmse", "constant")[0]
+    if np.isfinite(gain):
+        told += f", where M2OST has {gain:+.3f}"
     if not figures.of(method, "rmse", "constant")[2] < 0:
         told = f"The control {name} fails, as it must: {told}."
     else:
         told = (
-            f"The control {name} does not fail: {told}. It learns something that is not in the image of the spot, such "
-            "as differences between whole slides."
+            f"The control {name} does not fail: {told}. It learns something that is not in the image of the spot, "
+            "perhaps differences between whole slides."
         )
     if above := figures.difference(MAIN, "pearson", method):
         told += f" M2OST beside it, in Pearson correlation: {above}."
