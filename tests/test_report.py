@@ -18,12 +18,15 @@ from histrata.errors import HistrataError
 from histrata.expression.metrics import METRICS, summarise
 from histrata.files import write_tsv
 from histrata.report import write_report
+from histrata.report.charts import Bar, draw_coverage, draw_methods
 from histrata.report.figures import Picture, draw_gene
 from histrata.tables import on_spots, spots_table, write_table
 
 GENES = ["COL1A1", "ERBB2", "FASN", "GAPDH"]
 NASTY = "<script>alert('x')</script> & more"
 MPP = 2.0
+SUMMARY = "method\tmetric\tmean\tci_low\tci_high\tn_patients"
+OLD = "fold\tslide\tpatient\tgene\tmethod\tpearson\tspearman\trmse\tmae\tmean_measured\tn_spots"
 
 
 def _spots(slide: str, *, measured: bool, on_tissue: bool = True) -> ad.AnnData:
@@ -111,6 +114,7 @@ def _evaluation(pearson: dict[str, float], patients: int = 3) -> pd.DataFrame:
             "rmse": 1 - r,
             "mae": 0.8 - r,
             **dict.fromkeys(METRICS[4:], r),
+            "coverage": 0.8 + 0.05 * g if method == "m2ost" and patients > 2 else np.nan,
             "mean_measured": 1.0,
             "n_spots": 16,
         }
@@ -120,9 +124,12 @@ def _evaluation(pearson: dict[str, float], patients: int = 3) -> pd.DataFrame:
     )
 
 
-def _write_evaluation(results: Path, evaluation: pd.DataFrame) -> None:
+def _write_evaluation(results: Path, evaluation: pd.DataFrame, spotwise: dict[str, float] | None = None) -> None:
+    structure = evaluation[["fold", "slide", "patient", "method"]].drop_duplicates()
+    figures = {"pearson_spotwise": structure["method"].map(spotwise or {}), "gene_correlation": 0.4, "ari": 0.3}
+    summary = summarise(evaluation, "highly_expressed", structure.assign(**figures))
     write_tsv(evaluation, results / "m2ost" / "evaluation.tsv")
-    write_tsv(summarise(evaluation, "highly_expressed"), results / "m2ost" / "summary.tsv")
+    write_tsv(summary, results / "m2ost" / "summary.tsv")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +149,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tsv(pd.DataFrame(rows), results / "check.tsv")
     _write_evaluation(results, _evaluation({"constant": 0.0, "colour_ridge": 0.2, "m2ost": 0.5}))
     (results / "m2ost" / "model").mkdir()
-    (results / "m2ost" / "model" / "config.json").write_text(json.dumps({"trained_on": {"A": "p-A"}}))
+    (results / "m2ost" / "model" / "config.json").write_text(json.dumps({"trained_on": {"A": "p-A"}, "loss": [1, 0.5]}))
     survival = [("constant", "harrell_c", 0.5, 0.5, 0.5, 12), ("mean_pool", "harrell_c", 0.7, 0.4, 0.9, 12)]
     columns = ["method", "metric", "mean", "ci_low", "ci_high", "n_patients"]
     write_tsv(pd.DataFrame(survival, columns=columns), results / "survival" / "summary.tsv")
@@ -181,6 +188,12 @@ def _part(page: str, name: str) -> str:
 def _words(html: str) -> str:
     """The text of some HTML, without tags."""
     return " ".join(re.sub(r"<[^>]+>", " ", html).split())
+
+
+def _drawn(page: str, name: str) -> list[str]:
+    """The articles of the part on genes whose heading is `name`."""
+    articles = _part(page, "genes").split("<article")[1:]
+    return [a for a in articles if re.search(f"<h3>{name}[<,]", a)]
 
 
 def _alts(html: str) -> list[str]:
@@ -250,10 +263,74 @@ def test_a_slide_without_tissue_says_so(results: Path) -> None:
 
 def test_the_verdict_says_where_the_model_is_above(page: str) -> None:
     said = _words(_part(page, "expression"))
-    assert "M2OST is above the constant predictor, 0.360 against 0.010 (difference +0.350" in said
+    assert "M2OST is above the constant predictor, 0.360 against 0.010: difference +0.350 (0.350 to 0.350)" in said
     assert "M2OST is above the ridge on colour" in said
-    assert "its RMSE is lower, 0.500 against 0.800 (difference -0.300; better on 3 of 3 patients)" in said
+    better = "better on 3 of 3 patients"
+    assert f"Its RMSE is lower, 0.500 against 0.800: difference -0.300 (-0.300 to -0.300), {better}" in said
     assert "come from resampling 3 patients. So few patients make wide intervals" in said
+    assert "No controls were run" in said
+
+
+def test_a_difference_that_may_be_chance_is_said(results: Path) -> None:
+    evaluation = _evaluation({"constant": 0.0, "colour_ridge": 0.4, "m2ost": 0.5})
+    evaluation.loc[(evaluation["method"] == "m2ost") & (evaluation["patient"] == "p0"), "pearson"] = 0.25
+    _write_evaluation(results, evaluation)
+    assert re.search(
+        r"above the ridge on colour, [^:]*: difference [^,]*, which holds 0,", _part(_page(results), "expression")
+    )
+
+
+EVERY = {
+    "constant": 0.0,
+    "colour_ridge": 0.2,
+    "knn": 0.1,
+    "pca_ridge": 0.3,
+    "m2ost_single": 0.4,
+    "m2ost": 0.5,
+    "permuted_images": -0.1,
+    "permuted_labels": 0.1,
+    "colour_ridge_serial": 0.7,
+}
+
+
+def test_controls_and_leaky_figures_are_set_apart(results: Path) -> None:
+    _write_evaluation(results, _evaluation(EVERY), {"constant": 0.9, "colour_ridge": 0.91, "m2ost": 0.95})
+    expression = _part(_page(results), "expression")
+    said = _words(expression)
+    assert "The control of permuted images fails, as it must: RMSE 1.100 against 1.000 of the constant" in said
+    assert "The control of permuted labels does not fail: RMSE 0.900 against 1.000 of the constant" in said
+    assert "difference -0.100 (-0.100 to -0.100), where M2OST has -0.500. It learns something" in said
+    assert "difference +0.050 (0.050 to 0.050). It is taken over the genes of each spot, so a constant" in said
+    assert "Spot-wise" not in said
+    assert "0.910" not in said
+    honest, further, leaky, *_ = re.findall(r"<table.*?</table>", expression, re.DOTALL)
+    rows = re.findall(r'<th scope="row">([^<]+)</th>', honest)
+    assert rows[:2] == ["constant predictor", "ridge on colour"]
+    assert rows[-3:] == ["M2OST", "control: permuted images", "control: permuted labels"]
+    assert "SSIM of maps" in further
+    assert "Leaky: trained on other slides of the very patient" in leaky
+    assert re.findall(r'<th scope="row">([^<]+)</th>', leaky) == ["ridge on colour, leaky split by slide"]
+    assert not any("leaky" in alt for alt in _alts(expression))
+
+
+def test_calibration_is_said_and_drawn(results: Path, page: str) -> None:
+    said = _words(_part(page, "expression"))
+    assert "hold this share of the measured values: 0.875 on average, from 0.875 to 0.875 in single patients" in said
+    assert "Mean coverage of the 90 % intervals of each held-out patient: p0 0.875; p1 0.875; p2 0.875" in _alts(page)
+    _write_evaluation(results, _evaluation({"constant": 0.0, "m2ost": 0.5}, patients=2))
+    assert "it takes three that share no image" in _words(_part(_page(results), "expression"))
+
+
+def test_learning_curves_are_drawn(results: Path) -> None:
+    config = results / "m2ost" / "folds" / "f0" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(json.dumps({"loss": [1.0, 0.75], "stopping_score": [0.1, 0.2]}))
+    page = _page(results)
+    assert "Loss in training, epoch by epoch; in the last one: f0 0.750; final model 0.500" in _alts(page)
+    assert "a training patient who was kept to say when to stop" in page
+    shutil.rmtree(config.parent)
+    (results / "m2ost" / "model" / "config.json").unlink()
+    assert "There are no learning curves" in _page(results)
 
 
 def test_the_verdict_says_where_the_model_is_below(results: Path) -> None:
@@ -286,7 +363,7 @@ def test_a_score_that_is_not_defined_is_said(results: Path) -> None:
 def test_best_genes_are_drawn_measured_beside_predicted(page: str) -> None:
     genes = _part(page, "genes")
     assert "predicted best in cross-validation: COL1A1, ERBB2." in genes
-    assert _alts(genes) == [
+    assert [alt for name in "AB" for article in _drawn(page, name) for alt in _alts(article)] == [
         "COL1A1 on the tissue of A: measured beside predicted",
         "ERBB2 on the tissue of A: measured beside predicted",
         "COL1A1 on the tissue of B: predicted",
@@ -298,6 +375,20 @@ def test_best_genes_are_drawn_measured_beside_predicted(page: str) -> None:
     assert "None of its spots lies on tissue, so nothing is drawn." in genes
 
 
+def test_best_and_worst_genes_are_drawn_once(results: Path, page: str) -> None:
+    (article,) = _drawn(page, "Best and worst genes")
+    assert "On A, which was held out." in article
+    assert re.findall(r"<figcaption>([^<]*)</figcaption>", article) == [
+        "Best: COL1A1, Pearson 0.50",
+        "Best: ERBB2, Pearson 0.40",
+        "Worst: FASN, Pearson 0.30",
+        "Worst: GAPDH, Pearson 0.20",
+    ]
+    assert all("measured beside predicted" in alt for alt in _alts(article))
+    (results / "slides" / "A" / "expression.h5ad").unlink()
+    assert "so they are not drawn" in _drawn(_page(results), "Best and worst genes")[0]
+
+
 def test_a_slide_that_the_model_was_trained_on_is_said(results: Path) -> None:
     config = results / "m2ost" / "model" / "config.json"
     config.write_text(json.dumps({"trained_on": {"A": "p-A", "B": "p-B"}}))
@@ -307,17 +398,20 @@ def test_a_slide_that_the_model_was_trained_on_is_said(results: Path) -> None:
 
 
 def test_named_genes_are_drawn_and_unknown_ones_said(results: Path) -> None:
-    genes = _part(_page(results, genes=["GAPDH", "NO<i>"]), "genes")
-    assert "Gene NO&lt;i&gt; was asked for and is predicted on no slide." in genes
-    assert {alt.split()[0] for alt in _alts(genes)} == {"GAPDH"}
+    page = _page(results, genes=["GAPDH", "NO<i>"])
+    assert "Gene NO&lt;i&gt; was asked for and is predicted on no slide." in _part(page, "genes")
+    assert [alt.split()[0] for name in "AB" for alt in _alts(_drawn(page, name)[0])] == ["GAPDH", "GAPDH"]
 
 
 def test_a_gene_outside_the_panel_of_a_fold_is_said(results: Path) -> None:
     path = results / "slides" / "A" / "expression.h5ad"
     write_table(ad.read_h5ad(path)[:, GENES[1:]].copy(), path)
-    genes = _part(_page(results, n_genes=1), "genes")
-    assert "Not among the genes that this model predicts: COL1A1." in genes
-    assert _alts(genes) == ["COL1A1 on the tissue of B: predicted"]
+    page = _page(results, n_genes=1)
+    assert "Not among the genes that this model predicts: COL1A1." in _drawn(page, "A")[0]
+    assert _alts(_drawn(page, "A")[0]) == []
+    assert _alts(_drawn(page, "B")[0]) == ["COL1A1 on the tissue of B: predicted"]
+    # The best that this slide has.
+    assert "Best: ERBB2" in _drawn(page, "Best and worst genes")[0]
 
 
 def test_a_gene_that_a_slide_did_not_measure_is_said(results: Path) -> None:
@@ -332,7 +426,7 @@ def test_a_gene_that_a_slide_did_not_measure_is_said(results: Path) -> None:
 
 def test_survival_comes_with_its_caveat(page: str) -> None:
     survival = _part(page, "survival")
-    assert "0.700 (0.400 to 0.900)" in survival
+    assert "0.700 (0.400 to 0.900)" in _words(survival)
     assert "7 observed events among 12 patients; so few" in survival
     assert len(_alts(survival)) == 1
 
@@ -415,17 +509,14 @@ def test_slides_that_left_the_sheet_are_said(results: Path) -> None:
     [
         ("check.tsv", "slide_id\tstatus\nA\taccepted\n", "column 'patient_id' is missing"),
         ("check.tsv", "", "not a readable table"),
-        (
-            "m2ost/summary.tsv",
-            "method\tmetric\tmean\tci_low\tci_high\tn_patients\na\tb\tmuch\t0\t1\t3\n",
-            "not a number",
-        ),
-        (
-            "m2ost/summary.tsv",
-            "method\tmetric\tmean\tci_low\tci_high\tn_patients" + "\na\tb\t0\t0\t1\t3" * 2,
-            "two rows",
-        ),
-        ("m2ost/evaluation.tsv", "fold\tslide\n", "is missing"),
+        ("m2ost/summary.tsv", f"{SUMMARY}\tkind\tbaseline\na\tb\tmuch\t0\t1\t3\t\t\n", "not a number"),
+        ("m2ost/summary.tsv", f"{SUMMARY}\tkind\tbaseline" + "\na\tb\t0\t0\t1\t3\t\t" * 2, "two rows"),
+        # Tables of older versions.
+        ("m2ost/summary.tsv", f"{SUMMARY}\na\tb\t0\t0\t1\t3\n", "write it with `histrata m2ost evaluate`"),
+        ("m2ost/evaluation.tsv", f"{OLD}\n", "'evr' is missing; write it with `histrata m2ost evaluate`"),
+        ("m2ost/model/config.json", '{"trained_on": {}, "loss": 3}', "write it with `histrata m2ost train`"),
+        ("m2ost/model/config.json", '{"trained_on": {}, "loss": ["x"]}', "write it with `histrata m2ost train`"),
+        ("m2ost/folds/f0/config.json", "{", "write it with `histrata m2ost evaluate`"),
         ("m2ost/model/config.json", "{}", "not the config of a model"),
         ("slides/A/tissue.png", "no picture", "not a readable picture"),
         ("slides/A/tissue.geojson", "{", "not a GeoJSON"),
@@ -435,6 +526,7 @@ def test_slides_that_left_the_sheet_are_said(results: Path) -> None:
     ],
 )
 def test_an_unreadable_file_is_named_and_nothing_written(results: Path, file: str, content: str, told: str) -> None:
+    (results / file).parent.mkdir(parents=True, exist_ok=True)
     (results / file).write_text(content)
     with pytest.raises(HistrataError, match=re.escape(told)) as error:
         _page(results)
@@ -459,3 +551,13 @@ def test_genes_are_drawn_for_any_number_of_spots(n: int) -> None:
     assert isinstance(one, Picture)
     assert one.kind == "jpeg"
     assert two.width > 1.7 * one.width
+
+
+def test_charts_are_drawn_for_whatever_figures_there_are() -> None:
+    none, points = np.zeros(0), np.array([0.1, 0.2])
+    undefined = Bar("a", np.nan, np.nan, np.nan, none, "")
+    bars = [undefined, Bar("M2OST", 0.2, 0.1, 0.3, points, "model"), Bar("c", 0.0, 0.0, 0.0, points, "control")]
+    heights = [draw_methods(bars[:n], "x").height for n in (1, 2, 3)]
+    # A control takes a row more, for the heading of its group.
+    assert heights[2] - heights[1] == 2 * (heights[1] - heights[0])
+    assert draw_coverage({"p" * 99: np.ones(1), "$q_": np.zeros(3)}, 0.9).width < 800

@@ -1,4 +1,4 @@
-"""The pictures of the page: tissue, methods beside each other, genes on the tissue.
+"""The pictures of the page: tissue, and genes on the tissue. `charts` has those without tissue.
 
 All of them are drawn with matplotlib's object interface: no state is shared with the caller, and the same
 numbers give the same bytes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -20,7 +20,6 @@ from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.spatial import cKDTree
 
@@ -28,8 +27,6 @@ from histrata.errors import HistrataError
 
 _THUMBNAIL_PX = 480
 _JPEG = {"quality": 85, "subsampling": 0}
-# Blue for the model, grey for what it is measured against; both hold against white for any colour vision.
-_MAIN, _OTHER, _POINT = "#0B5FA5", "#4D4D4D", "#8A8A8A"
 
 
 @dataclass(frozen=True)
@@ -71,46 +68,6 @@ def read_thumbnail(path: Path) -> Picture:
     stream = io.BytesIO()
     small.save(stream, "JPEG", **_JPEG)
     return Picture.of(stream.getvalue())
-
-
-def draw_methods(
-    figures: np.ndarray, patients: Sequence[np.ndarray], labels: Sequence[str], main: int | None, title: str
-) -> Picture:
-    """Draw one metric of every method: the mean, its interval, and a point for each patient.
-
-    Parameters
-    ----------
-    figures
-        float64 (methods, 3): mean, lower and upper end of the interval; from top to bottom, NaN is left out.
-    patients
-        For each method, the value of each patient; may be empty.
-    labels
-        Name of each method.
-    main
-        The row to stand out.
-    title
-        What the axis shows, with its unit.
-    """
-    n = len(figures)
-    figure = Figure(figsize=(4.4, 1.0 + 0.5 * n), layout="constrained")
-    axes = figure.subplots()
-    for row, (values, (mean, low, high)) in enumerate(zip(patients, figures, strict=True)):
-        colour = _MAIN if row == main else _OTHER
-        axes.plot(values, np.full(len(values), row + 0.26), "o", ms=4.5, mfc="none", mec=_POINT, mew=0.9)
-        axes.plot([low, high], [row, row], color=colour, lw=2.4, solid_capstyle="butt")
-        axes.plot(mean, row, "o", ms=7.5, color=colour)
-    axes.set_yticks(range(n), labels, fontsize=10, parse_math=False)
-    axes.set_ylim(n - 0.45, -0.5)
-    axes.set_xlabel(title, fontsize=10)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.tick_params(axis="x", labelsize=9)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#EEEEEE")
-    axes.set_axisbelow(True)
-    if axes.get_xlim()[0] <= 0:
-        axes.axvline(0, color="#BBBBBB", lw=0.9, zorder=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    return _png(figure)
 
 
 def draw_gene(
@@ -211,7 +168,8 @@ def _draw_scale_bar(axes: Axes, um_per_image_px: float) -> None:
     axes.text(x, y - 0.025 * height, text, fontsize=7.5, va="bottom", path_effects=outline)
 
 
-def _png(figure: Figure) -> Picture:
+def png(figure: Figure) -> Picture:
+    """Encode a figure of few colours."""
     stream = io.BytesIO()
     # Without the program's version in it, the same figure is the same file.
     figure.savefig(stream, format="png", dpi=160, metadata={"Software": None})

@@ -15,9 +15,11 @@ from histrata.errors import HistrataError
 from histrata.expression.metrics import read_evaluation
 from histrata.files import whole
 from histrata.folders import SlideFolder
+from histrata.report.learning import describe_training
+from histrata.report.methods import describe_calibration, describe_expression
 from histrata.report.parts import SlidePart, read_tsv
-from histrata.report.scores import describe_expression, describe_genes, describe_survival, describe_timings
-from histrata.report.slides import choose_genes, describe_slide, read_trained_on
+from histrata.report.scores import describe_genes, describe_survival, describe_timings
+from histrata.report.slides import choose_genes, describe_extremes, describe_slide, read_trained_on
 
 _PACKAGES = ("anndata", "lifelines", "lightning", "numpy", "openslide-python", "tifffile", "timm", "torch", "zarr")
 _CHECK = ("slide_id", "patient_id", "status", "reason", "path", "vendor", "mpp_source")
@@ -74,8 +76,11 @@ def write_report(
         check_notes=check_notes,
         slides=slides,
         expression=describe_expression(results, evaluation),
+        calibration=describe_calibration(evaluation),
+        training=describe_training(results / "m2ost"),
         genes=describe_genes(evaluation),
         choice=choice,
+        extremes=describe_extremes(results, slides, evaluation),
         survival=describe_survival(results / "survival"),
         run=describe_timings(results / "benchmarks"),
     )

@@ -21,6 +21,7 @@ from histrata.tissue import ARTEFACTS, read_artefacts, read_tissue
 
 _DISTURBED = {"Pen": "under pen", "Blur": "out of focus", "Fold": "folded"}
 _NOTABLE = 0.05
+_EXTREMES = 2
 
 
 def read_trained_on(results: Path) -> list[str] | None:
@@ -113,17 +114,54 @@ def _draw(
         return drawn
     if absent := [gene for gene in genes if gene not in table.var_names]:
         drawn.notes.append(f"Not among the genes that this model predicts: {', '.join(absent)}.")
-    for gene in (gene for gene in genes if gene in table.var_names):
-        panels, caption = {"predicted": _column(table, gene)[inside]}, gene + _score(evaluation, part.slide_id, gene)
-        if "measured" in table.layers:
-            truth = _column(table, gene, "measured")[inside]
-            if np.isfinite(truth).all():
-                panels = {"measured": truth, **panels}
-            else:
-                caption = f"{gene}, not measured on this slide"
-        alt = f"{gene} on the tissue of {part.slide_id}: {' beside '.join(panels)}"
-        drawn.figures.append(Figure(_draw_panels(part.slide_id, table, inside, panels), alt, caption))
+    drawn.figures += [
+        _draw_one(part.slide_id, table, inside, gene, evaluation) for gene in genes if gene in table.var_names
+    ]
     return drawn
+
+
+def _draw_one(
+    slide_id: str, table: ad.AnnData, inside: np.ndarray, gene: str, evaluation: pd.DataFrame | None
+) -> Figure:
+    """Draw a gene on the spots `inside`, measured beside predicted where it was measured."""
+    panels, caption = {"predicted": _column(table, gene)[inside]}, gene + _score(evaluation, slide_id, gene)
+    if "measured" in table.layers:
+        if _is_measured(table, gene, inside):
+            panels = {"measured": _column(table, gene, "measured")[inside], **panels}
+        else:
+            caption = f"{gene}, not measured on this slide"
+    alt = f"{gene} on the tissue of {slide_id}: {' beside '.join(panels)}"
+    return Figure(_draw_panels(slide_id, table, inside, panels), alt, caption)
+
+
+def _is_measured(table: ad.AnnData, gene: str, inside: np.ndarray) -> bool:
+    return bool(np.isfinite(_column(table, gene, "measured")[inside]).all())
+
+
+def describe_extremes(results: Path, slides: Sequence[SlidePart], evaluation: pd.DataFrame | None) -> Part | None:
+    """Draw the genes that were predicted best and worst on the first held-out slide; None where none is ranked.
+
+    They are the ends of the ranking over all patients, of the genes that this slide has.
+    """
+    scores = rank_genes(evaluation)
+    if evaluation is None or scores is None:
+        return None
+    held_out = set(evaluation.loc[evaluation["method"] == MAIN, "slide"])
+    for slide_id in sorted(s.slide_id for s in slides if s.predicted and s.slide_id in held_out):
+        table = read_table(SlideFolder(results / "slides" / slide_id).expression, written_by="m2ost predict")
+        inside = (table.obs["in_tissue"] == 1).to_numpy()
+        if "measured" not in table.layers or "fold" not in table.obs or not inside.any():
+            continue
+        ranked = [str(g) for g in scores.index if g in table.var_names and _is_measured(table, g, inside)]
+        best, worst = ranked[:_EXTREMES], ranked[_EXTREMES:][-_EXTREMES:]
+        if not best:
+            continue
+        figures = [_draw_one(slide_id, table, inside, gene, evaluation) for gene in (*best, *worst)]
+        for figure, gene in zip(figures, (*best, *worst), strict=True):
+            figure.caption = f"{'Best' if gene in best else 'Worst'}: {figure.caption}"
+        told = f"On {slide_id}, which was held out. Genes are ranked by M2OST's correlation, mean over all patients; "
+        return Part([f"{told}the Pearson correlations below are those of this slide."], figures=figures)
+    return Part(["No held-out slide has a table with measured and predicted expression, so they are not drawn."])
 
 
 def _draw_panels(slide_id: str, table: ad.AnnData, inside: np.ndarray, panels: dict[str, np.ndarray]) -> Picture:
