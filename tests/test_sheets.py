@@ -26,11 +26,14 @@ def patients(folder: Path, text: str) -> pd.DataFrame:
 
 def test_every_column_is_read_and_paths_are_resolved(tmp_path: Path) -> None:
     columns = list(schema("slides")["properties"])
-    assert columns == ["slide_id", "path", "mpp", "patient_id", "expression", "spots", "spot_diameter_um", "stain"]
-    text = "\t".join(columns) + "\nA-1\tx/a.svs\t0.25\tP\t/abs/counts.tsv.gz\tspots.tsv\t100\tHES\nB\tb.svs\n"
+    measured = ["expression", "spots", "spot_diameter_um", "stain", "annotation"]
+    assert columns == ["slide_id", "path", "mpp", "patient_id", *measured]
+    cells = "A-1\tx/a.svs\t0.25\tP\t/abs/counts.tsv.gz\tspots.tsv\t100\tHES\tlayers.tsv"
+    text = "\t".join(columns) + f"\n{cells}\nB\tb.svs\n"
     first, second = slides(tmp_path, text)
     assert first == SlideRow(
         "A-1", tmp_path / "x/a.svs", 0.25, "P", Path("/abs/counts.tsv.gz"), tmp_path / "spots.tsv", 100.0, "HES",
+        tmp_path / "layers.tsv",
         row=2, sheet=tmp_path / "slides.tsv",
     )  # fmt: skip
     assert second == SlideRow("B", tmp_path / "b.svs", patient_id="B", row=3, sheet=tmp_path / "slides.tsv")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,38 @@ def test_spots_say_what_they_were_made_from(made: Path, tmp_path: Path) -> None:
         "spots": digest(tmp_path / "spots.tsv"),
     }
     assert provenance["parameters"]["min_tissue_fraction"] == 0.5
+
+
+def annotated(folder: Path, text: str) -> SlideRow:
+    (folder / "layers.tsv").write_text(text)
+    return replace(legacy(folder), annotation=folder / "layers.tsv")
+
+
+def test_what_a_person_named_is_joined_by_spot(made: Path, tmp_path: Path) -> None:
+    sheet = annotated(tmp_path, "spot\tlayer\n0x0\tGranular\n2x3\t\n8x8\tMitral\n2x2\tGlomerular, outer\n")
+    table = spots(made, tmp_path, sheet)
+    named = table.obs["annotation"].astype(object).where(table.obs["annotation"].notna(), None).to_dict()
+    assert named == {"S:2x2": "Glomerular, outer", "S:3x2": None, "S:2x3": None, "S:0x0": "Granular"}
+    unmatched = json.loads(table.uns["histrata"]["unmatched"])
+    assert unmatched["spots_without_annotation"] == 2
+    assert unmatched["annotation_without_spot"] == 1
+    assert "annotation" not in spots(made, tmp_path, legacy(tmp_path)).obs
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("spot\tlayer\n2x2\tA\n2x2\tB\n", r"layers\.tsv: spot '2x2' stands in more than one row"),
+        ("spot\n2x2\n", r"layers\.tsv: found 1 column\(s\); .* two columns, spot and label"),
+        ("spot\tlayer\n2_2\tA\n", r"none of its 1 spots is one of slide 'S' \('2_2' there, '.*' here\)"),
+        ("spot\tlayer\n", r"none of its 0 spots .*it is empty"),
+        ("", r"row 2, column annotation: .*layers\.tsv cannot be read"),
+    ],
+)
+def test_annotations_that_do_not_fit_are_refused(made: Path, tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(TableError, match=says):
+        spots(made, tmp_path, annotated(tmp_path, text))
+    assert not (tmp_path / "spots.h5ad").exists()
 
 
 def test_a_fold_of_the_threshold_moves_in_tissue(made: Path, tmp_path: Path) -> None:

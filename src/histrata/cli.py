@@ -179,6 +179,9 @@ def spots(
     positions: Annotated[Path | None, typer.Option(help="Spot positions of legacy ST counts.")] = None,
     spot_diameter_um: Annotated[float | None, typer.Option(help="Diameter of a measured spot.")] = None,
     stain: Annotated[str | None, typer.Option(help="Stain of the slide; default: H&E.")] = None,
+    annotation: Annotated[
+        Path | None, typer.Option(help="What a person named at measured spots: TSV of spot and label.")
+    ] = None,
     pitch_um: Annotated[float, typer.Option(help="Distance of neighbouring spots of a grid.")] = 100.0,
     diameter_um: Annotated[float, typer.Option(help="Diameter of a spot of a grid.")] = 55.0,
     arrangement: Annotated[
@@ -204,6 +207,7 @@ def spots(
         spots=positions,
         spot_diameter_um=spot_diameter_um,
         stain=stain,
+        annotation=annotation,
     )
     write_spots(
         folder,

@@ -37,6 +37,7 @@ class SlideRow:
     spots: Path | None = None
     spot_diameter_um: float | None = None
     stain: str | None = None
+    annotation: Path | None = None
     row: int = 0
     sheet: Path = Path("slides.tsv")
 
@@ -71,7 +72,7 @@ def read_slides(path: Path) -> list[SlideRow]:
                 "give each slide an id of its own"
             )
         seen[slide_id] = line
-        for column in ("path", "expression", "spots"):
+        for column in ("path", "expression", "spots", "annotation"):
             if column in record:
                 record[column] = _resolve(record[column], path, line, column)
         record.setdefault("patient_id", slide_id)

@@ -144,7 +144,7 @@ def mpp_flags(wildcards):
 
 def measurement(wildcards):
     row = SLIDES[wildcards.slide]
-    return [path for path in (row.expression, row.spots) if path]
+    return [path for path in (row.expression, row.spots, row.annotation) if path]
 
 
 def spot_flags(wildcards):
@@ -156,6 +156,7 @@ def spot_flags(wildcards):
         "positions": row.spots,
         "spot_diameter_um": row.spot_diameter_um,
         "stain": row.stain,
+        "annotation": row.annotation,
     }
     if not row.expression:
         return flags(own | config["spots"])
@@ -173,7 +174,9 @@ def of_measured(name):
 
 def measured_features(wildcards):
     """Return the features that baselines learn from, where there is an encoder."""
-    return of_measured("embedding.h5ad")(wildcards) if config["embed"]["encoder"] else []
+    return (
+        of_measured("embedding.h5ad")(wildcards) if config["embed"]["encoder"] else []
+    )
 
 
 def measured_folders(wildcards):
@@ -228,12 +231,8 @@ def slide_results(wildcards):
 def m2ost_results(wildcards):
     if PRETRAINED or not measured():
         return []
-    tables = (
-        ["results/m2ost/evaluation.tsv", "results/m2ost/summary.tsv"]
-        if can_evaluate()
-        else []
-    )
-    return ["results/m2ost/model", *tables]
+    names = ("evaluation.tsv", "summary.tsv", "folds") if can_evaluate() else ()
+    return [f"results/m2ost/{name}" for name in ("model", *names)]
 
 
 def survival_results(wildcards):

@@ -16,6 +16,7 @@ from histrata.folders import SlideFolder
 from histrata.pyramid import Pyramid
 from histrata.sheets import SlideRow
 from histrata.spots import Measured, read_measured
+from histrata.spots.annotation import read_annotation
 from histrata.spots.grid import Arrangement, grid_on_tissue, tissue_fraction
 from histrata.tables import HIRES_PX, spots_table, write_table
 from histrata.tissue import ARTEFACTS, read_artefacts, read_tissue
@@ -34,7 +35,8 @@ def write_spots(
     """Write `spots.h5ad` for a slide.
 
     Where the row names an `expression`, the spots are those that were measured, with raw counts in `X`. Otherwise
-    they are a grid on the tissue, and `X` has no columns. A slide without tissue has no spots: that is a result.
+    they are a grid on the tissue, and `X` has no columns. Where it names an `annotation`, the labels of the spots are
+    `obs["annotation"]`. A slide without tissue has no spots: that is a result.
     `pen_fraction`, `blur_fraction` and `fold_fraction` say how much of a spot is disturbed; no spot is left out
     for it.
 
@@ -63,6 +65,7 @@ def write_spots(
     paths = SlideFolder(folder)
     pyramid, tissue = Pyramid(paths.pyramid), read_tissue(paths.tissue)
     inputs = {"pyramid": paths.pyramid / "zarr.json", "tissue": paths.tissue}
+    annotation = None
     counts, var, unmatched = None, pd.DataFrame(index=pd.Index([], dtype=str)), {}
     if row.expression is not None:
         measured = read_measured(row)
@@ -73,12 +76,18 @@ def write_spots(
         var = pd.DataFrame(index=pd.Index(measured.genes))
         if measured.gene_ids is not None:
             var["gene_ids"] = measured.gene_ids
+        if row.annotation is not None:
+            inputs["annotation"] = row.annotation
+            annotation, lost = read_annotation(row, measured.barcodes)
+            unmatched = unmatched | lost
     else:
         obs, xy = _grid_obs(
             grid_on_tissue(tissue, pyramid.mpp, pitch_um, diameter_um, min_tissue_fraction, arrangement)
         )
     artefacts = read_artefacts(paths.tissue)
     obs = _described(obs, xy, row, pyramid, tissue, artefacts, diameter_um, min_tissue_fraction)
+    if annotation is not None:
+        obs["annotation"] = annotation
     image, scale = pyramid.image(max(pyramid.mpp, pyramid.mpp * max(pyramid.size) / HIRES_PX))
     parameters = {
         "pitch_um": pitch_um,
