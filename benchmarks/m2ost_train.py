@@ -27,9 +27,9 @@ from timing import CORES
 from histrata.expression.model import load_batches, scaled
 
 
-def step_of(network: Any, device: torch.device, *, bf16: bool) -> Callable[[Batch], object]:
+def step_of(network: Any, device: torch.device, *, bf16: bool, fused: bool) -> Callable[[Batch], object]:
     """Return what learns from a batch, as `histrata.expression.training` does."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.05, fused=fused or None)
     network.train()
 
     def step(batch: Batch) -> None:
@@ -51,8 +51,8 @@ def main() -> None:
         sides: Sides = prepare(Path(folder), options, augment=True)
         device = sides.device
         gflop = gflop_of(sides.plain_model, device, backward=True)
-        ours = step_of(sides.model, device, bf16=device.type == "cuda")
-        plain = step_of(sides.plain_model, device, bf16=False)
+        ours = step_of(sides.model, device, bf16=device.type == "cuda", fused=device.type == "cpu")
+        plain = step_of(sides.plain_model, device, bf16=False, fused=False)
         order = np.random.default_rng(0).permutation(options.spots).tolist()
         workers = CORES if device.type == "cuda" else 0
 

@@ -258,7 +258,11 @@ class _Regression(lightning.LightningModule):
         """Return the optimiser, and a rate that rises and falls."""
         options = self.options
         optimizer = _OPTIMIZERS[options.optimizer](
-            self.network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+            self.network.parameters(),
+            lr=options.learning_rate,
+            weight_decay=options.weight_decay,
+            # On a GPU, Lightning does not clip the gradients of a fused one under mixed precision.
+            fused=True if self.device.type == "cpu" else None,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
