@@ -307,16 +307,16 @@ class ITMM(nn.Module):
     def __init__(self, config: M2OSTConfig) -> None:
         super().__init__()
         inner = config.heads * config.dim_head
-        self.heads, self.mask_ratio, self.drop_path = config.heads, config.mask_ratio, config.drop_path
+        self.heads, self.mask_ratio = config.heads, config.mask_ratio
         self.norm = nn.LayerNorm(config.dim) if config.pre_norm else nn.Identity()
         self.to_qkv = nn.ModuleList(_linear(config.dim, 3 * inner, bias=False) for _ in range(config.n_levels))
         self.to_out = nn.ModuleList(_linear(inner, config.dim) for _ in range(config.n_levels))
-        self.dropout = _Dropout(config.dropout)
+        self.dropout, self.drop_path = _Dropout(config.dropout), _DropPath(config.drop_path)
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """Add to the tokens (n, tokens, dim) of each level what attention finds in that level."""
         return [
-            x + self._thinned(self.dropout(to_out(self._attend(to_qkv(self.norm(x))))))
+            x + self.drop_path(self.dropout(to_out(self._attend(to_qkv(self.norm(x))))))
             for x, to_qkv, to_out in zip(levels, self.to_qkv, self.to_out, strict=True)
         ]
 
@@ -328,16 +328,13 @@ class ITMM(nn.Module):
             key, value = key[:, :, seen], value[:, :, seen]
         return _attend(query, key, value)
 
-    def _thinned(self, branch: Tensor) -> Tensor:
-        return _drop_path(branch, self.drop_path if self.training else 0.0)
-
 
 class SharedFeedForward(nn.Module):
     """One feed-forward network for the tokens of all levels, with a GELU at its end too; adds to them."""
 
     def __init__(self, config: M2OSTConfig) -> None:
         super().__init__()
-        self.drop_path = config.drop_path
+        self.drop_path = _DropPath(config.drop_path)
         self.net = nn.Sequential(
             nn.LayerNorm(config.dim),
             _linear(config.dim, config.mlp_dim),
@@ -349,7 +346,7 @@ class SharedFeedForward(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """Pass the tokens (n, tokens, dim) of every level through the same network."""
-        return [x + _drop_path(self.net(x), self.drop_path if self.training else 0.0) for x in levels]
+        return [x + self.drop_path(self.net(x)) for x in levels]
 
 
 class CTMM(nn.Module):
@@ -358,7 +355,8 @@ class CTMM(nn.Module):
     def __init__(self, config: M2OSTConfig) -> None:
         super().__init__()
         inner, others = config.cross_heads * config.dim_head, config.n_levels - 1
-        self.heads, self.residual, self.drop_path = config.cross_heads, config.cross_residual, config.drop_path
+        self.heads, self.residual = config.cross_heads, config.cross_residual
+        self.drop_path = _DropPath(config.drop_path)
         self.norm = nn.LayerNorm(config.dim)
         self.to_qkv = nn.ModuleList(_linear(config.dim, 3 * inner, bias=False) for _ in range(config.n_levels))
         joined = inner if config.cross_weights else others * inner
@@ -394,8 +392,7 @@ class CTMM(nn.Module):
         mixed = [self.dropout(to_out(x)) for x, to_out in zip(gathered, self.to_out, strict=True)]
         if not self.residual:
             return mixed
-        rate = self.drop_path if self.training else 0.0
-        return [x + _drop_path(m, rate) for x, m in zip(levels, mixed, strict=True)]
+        return [x + self.drop_path(m) for x, m in zip(levels, mixed, strict=True)]
 
 
 class CCMM(nn.Module):
@@ -609,12 +606,19 @@ def _pool(x: Tensor) -> Tensor:
     return torch.stack([x[:, 0], x.mean(dim=1)], dim=1)
 
 
-def _drop_path(branch: Tensor, rate: float) -> Tensor:
-    """Leave a branch (n, tokens, dim) out for some of the spots, and make up for it in the others."""
-    if not rate:
-        return branch
-    kept = torch.rand(len(branch), 1, 1, device=branch.device) >= rate
-    return branch * kept / (1 - rate)
+class _DropPath(nn.Module):
+    """Stochastic depth: leaves a branch (n, tokens, dim) out for some of the spots in training."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """Leave the branch out for the share `rate` of the spots, and make up for it in the others."""
+        if not (self.training and self.rate):
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.rate
+        return branch * kept / (1 - self.rate)
 
 
 _RECOMMENDED: dict[str, Any] = {

@@ -63,10 +63,9 @@ def write_shard(path: Path, tiles: Mapping[tuple[int, int], bytes], side: int) -
     for place, encoded in zip(tiles, checked, strict=True):
         index[place] = at, len(encoded)
         at += len(encoded)
-    entries = index.tobytes()
     # No folder above: a store that was given up and removed must not come back.
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"".join([*checked, entries, google_crc32c.value(entries).to_bytes(4, "little")]))
+    path.write_bytes(b"".join([*checked, with_checksum(index.tobytes())]))
 
 
 def read_index(path: Path, side: int) -> np.ndarray | None:
@@ -86,6 +85,8 @@ def read_index(path: Path, side: int) -> np.ndarray | None:
         return None
     except OSError as error:
         raise HistrataError(f"{path}: the shard is cut off; remove the pyramid and write it again") from error
-    if google_crc32c.value(encoded[:-4]) != int.from_bytes(encoded[-4:], "little"):
-        raise HistrataError(f"{path}: the shard's index is damaged; remove the pyramid and write it again")
-    return np.frombuffer(encoded[:-4], dtype="<u8").reshape(side, side, 2)
+    try:
+        entries = without_checksum(encoded)
+    except ValueError as error:
+        raise HistrataError(f"{path}: the shard's index is damaged; remove the pyramid and write it again") from error
+    return np.frombuffer(entries, dtype="<u8").reshape(side, side, 2)
