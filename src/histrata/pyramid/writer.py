@@ -12,6 +12,7 @@ decoded or was not scanned. A tile or shard that is absent is white (`fill_value
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,12 @@ def write_pyramid(
     slide, out = Path(slide).absolute(), Path(out).absolute()
     chosen: dict[str, Any] = {"quality": quality, "levels": levels, "tile": tile, "shard": shard}
     try:
-        with open_slide(slide, mpp, spots_mpp) as source, whole(out) as store:
+        # The slide is digested while it is written.
+        with open_slide(slide, mpp, spots_mpp) as source, whole(out) as store, ThreadPoolExecutor(1) as aside:
+            made_from = aside.submit(provenance, {"codec": codec, **chosen}, {"slide": slide})
             layout = plan(source, store, codec=codec, **chosen)
             _write(layout, threads, scheduler)
-            _describe(layout, source, {"codec": codec, **chosen})
+            _describe(layout, source, made_from.result())
     except OSError as error:
         told = error.strerror or error
         raise HistrataError(f"{out} cannot be written ({told}): make room there, or name another place") from error
@@ -112,7 +115,7 @@ def _write(layout: Layout, threads: int, scheduler: str | None) -> None:
         run(write, blocks(layout, base), threads, scheduler, f"{layout.slide.name}, level {layout.levels[base].name}")
 
 
-def _describe(layout: Layout, source: Slide, parameters: dict[str, Any]) -> None:
+def _describe(layout: Layout, source: Slide, made_from: dict[str, Any]) -> None:
     """Write the OME-Zarr metadata and what Histrata knows beyond it."""
     mpp, (left, top) = source.mpp.value, layout.origin
     datasets: list[Any] = [
@@ -138,7 +141,7 @@ def _describe(layout: Layout, source: Slide, parameters: dict[str, Any]) -> None
         "multiscales": [{"name": source.path.name, "axes": axes, "datasets": datasets}],
     }
     group.attrs["histrata"] = {
-        **provenance(parameters, {"slide": source.path}),
+        **made_from,
         "slide": source.path.name,
         "vendor": source.vendor,
         "size": list(source.size),
