@@ -297,15 +297,17 @@ def test_only_the_published_arrangement_is_blind_to_brightness_and_contrast():
     assert (seeing(views) - seeing(paler)).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("option", [{}, {"patch_norm": True}, {"window_norm": True}])
-def test_gradients_are_those_of_torchs_own_products(option, monkeypatch):
+@pytest.mark.parametrize("at_a_time", ["one", "all"])
+@pytest.mark.parametrize("option", [{}, {"patch_norm": True}, {"window_norm": True}, {"cross_weights": True}])
+def test_gradients_are_those_of_torchs_own_kernels_in_float64(option, at_a_time, monkeypatch):
+    if at_a_time == "one":
+        monkeypatch.setattr(m2ost, "_CACHED", 1)
     views = views_for(M2OSTConfig(**TINY))
     gradients = []
-    for enabled in (True, False):
-        model = tiny(**option).eval()
-        monkeypatch.setattr(m2ost, "_HAS_ONEDNN", enabled)
-        model(views).square().mean().backward()
-        gradients.append([p.grad for p in model.parameters()])
+    for dtype in (torch.float32, torch.float64):
+        model = tiny(**option).eval().to(dtype)
+        model([view.to(dtype) for view in views]).square().mean().backward()
+        gradients.append([p.grad.double() for p in model.parameters()])
     for ours, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 

@@ -72,6 +72,9 @@ MAX_GRANULARITIES = 3
 PUBLISHED_CROSS_HEADS = 3
 # What torch's own compiler multiplies with; a build without oneDNN does not have it.
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Tokens up to which attention that keeps its weights is faster than torch's fused kernel, in training on a CPU; and
+# the bytes of weights that are worked on at a time. docs/performance.md has the measurements.
+_SHORT, _CACHED = 192, 1 << 21
 _CHOICES = {"tokens": ("patches", "encoder"), "head": ("class", "mean")}
 
 
@@ -369,10 +372,10 @@ class CTMM(nn.Module):
         return self._added(levels, self._gather(levels))
 
     def pooled(self, levels: list[Tensor]) -> list[Tensor]:
-        """Return of what `forward` gives only the class token and the mean of all tokens, (n, 2, dim) a level."""
-        if self.training and self.dropout.p:
-            # Dropped values are not the same before a mean and after it.
-            return [_pool(x) for x in self.forward(levels)]
+        """Return of what `forward` gives only the class token and the mean of all tokens, (n, 2, dim) a level.
+
+        Dropout falls on these two, instead of on all tokens before their mean.
+        """
         # The projection is linear: that of a mean is the mean of the projections.
         return self._added([_pool(x) for x in levels], [_pool(x) for x in self._gather(levels)])
 
@@ -573,10 +576,10 @@ class _OneDNN(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
         return (
             _product(grad, weight.t()) if of_x else None,
-            _product(rows.t(), x.flatten(0, -2).t()) if of_weight else None,
+            _product_of_columns(rows, inputs) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
         )
 
@@ -586,6 +589,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product
 
 
+def _product_of_columns(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply (n, a) and (n, b) to left^T right (a, b); oneDNN turns its first factor, so that is the narrower."""
+    if left.shape[1] <= right.shape[1]:
+        return _product(left.t(), right.t())
+    return _product(right.t(), left.t()).t()
+
+
 def _linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
     """Make a linear layer without drawing its weights, which would advance the global random state."""
     return skip_init(_Linear, n_in, n_out, bias=bias)
@@ -593,12 +603,56 @@ def _linear(n_in: int, n_out: int, *, bias: bool = True) -> nn.Linear:
 
 def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
     """Split (n, tokens, 3 * heads * dim_head) into query, key and value (n, heads, tokens, dim_head)."""
-    return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    # Taken apart before the axes are exchanged: their gradients are then put together by one copy.
+    return tuple(part.transpose(1, 2) for part in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Scaled dot-product attention of (n, heads, tokens, dim_head), with the heads joined again."""
-    return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    learns = torch.is_grad_enabled() and query.device.type == "cpu" and query.dtype == torch.float32
+    short = max(query.shape[2], key.shape[2]) <= _SHORT
+    attend = _ShortAttention.apply if learns and short else scaled_dot_product_attention
+    found: Tensor = attend(query, key, value)
+    return found.transpose(1, 2).flatten(2)
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Attention and its gradients for training on a CPU: the weights are kept, and a few spots computed at a time.
+
+    torch's fused kernel computes the weights again for the gradients, in tiles that few tokens do not fill.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scale = query.shape[-1] ** -0.5
+        found, kept = torch.empty_like(query), []
+        for some in _few_spots(query, key):
+            scores = (query[some] @ key[some].transpose(-1, -2)).mul_(scale)
+            kept.append(torch.softmax(scores, dim=-1, out=scores))
+            found[some] = kept[-1] @ value[some]
+        ctx.save_for_backward(query, key, value, *kept)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
+        for some, weights in zip(_few_spots(query, key), kept, strict=True):
+            of_value[some] = weights.transpose(-1, -2) @ grad[some]
+            of_weights = grad[some] @ value[some].transpose(-1, -2)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, torch.float32).mul_(scale)
+            of_query[some] = of_scores @ key[some]
+            of_key[some] = of_scores.transpose(-1, -2) @ query[some]
+        return of_query, of_key, of_value
+
+
+def _few_spots(query: Tensor, key: Tensor) -> list[slice]:
+    """Cut the spots so that the attention weights of some of them fit into a processor's cache."""
+    weights = query.shape[1] * query.shape[2] * key.shape[2]
+    step = max(1, _CACHED // (4 * weights))
+    return [slice(start, start + step) for start in range(0, len(query), step)]
 
 
 def _pool(x: Tensor) -> Tensor:
