@@ -2,9 +2,9 @@
 
 For each variant, fold (leave one patient out) and seed it trains on the folders given and prints one JSON line: the
 mean over genes of Pearson's correlation over the spots of each held-out slide, beside the colour ridge on the same
-fold.
-A last line for each variant has the mean over folds and its difference to the recommended arrangement (`base`).
-Differences below the spread of `base` over seeds say nothing.
+fold. All variants come with one seed before any comes with the next. A last line for each variant has the means over
+folds, one for each seed, and its difference to the recommended arrangement (`base`), seed by seed. Differences below
+the spread of `base` over seeds say nothing.
 
     python benchmarks/m2ost_ablation.py runs/mob/results/slides/{04,09,11}
 """
@@ -77,14 +77,16 @@ def main() -> None:
     common = {"field_um": options.field_um, "epochs": options.epochs}
     variants = {name: M2OSTOptions(**common, model_options=keys) for name, keys in MODEL.items()}
     variants |= {name: M2OSTOptions(**common | keys) for name, keys in TRAINING.items()}
-    base = None
-    for name in ["base", *(options.only or [name for name in variants if name != "base"])]:
-        seeds = range(options.seeds)
-        means = [np.mean([score_fold(name, fold, sections, variants[name], seed) for fold in folds]) for seed in seeds]
-        base = base or float(np.mean(means))
-        spread = [round(float(m), 4) for m in means]
-        line = {"variant": name, "pearson": round(float(np.mean(means)), 4), "seeds": spread}
-        print(json.dumps(line | {"to_base": round(float(np.mean(means)) - base, 4)}), flush=True)
+    names = ["base", *(options.only or [name for name in variants if name != "base"])]
+    scores: dict[str, list[float]] = {name: [] for name in names}
+    for seed in range(options.seeds):
+        for name in names:
+            of_folds = [score_fold(name, fold, sections, variants[name], seed) for fold in folds]
+            scores[name].append(float(np.mean(of_folds)))
+    for name, found in scores.items():
+        to_base = np.subtract(found, scores["base"])
+        line = {"variant": name, "pearson": round(float(np.mean(found)), 4), "seeds": np.round(found, 4).tolist()}
+        print(json.dumps(line | {"to_base": round(float(np.mean(to_base)), 4), "by_seed": np.round(to_base, 4).tolist()}))
 
 
 def score_fold(name: str, fold: Fold, sections: dict[str, Section], options: M2OSTOptions, seed: int) -> float:
