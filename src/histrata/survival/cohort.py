@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from histrata.errors import SheetError, TableError
 from histrata.folds import join_subjects
+from histrata.survival.bags import Bags
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,14 @@ class Cohort:
         Names of the covariate columns of `patients`.
     slides
         One row a slide: `slide_id`, `patient_id`, `image` (digest of its embedding), `n_spots`, `path`.
+    bags
+        The instances that `pool` averages, slide after slide of each patient; None without slides.
+    rna
+        float32 (patients, genes), a row of NaN for a patient without; None where no RNA was given.
+    genes
+        Names of the columns of `rna`.
+    pathways
+        For each gene set that was given: which columns of `rna` are in it, int64 (genes of the set,).
     """
 
     patients: pd.DataFrame
@@ -48,6 +57,10 @@ class Cohort:
     features: tuple[str, ...]
     covariates: tuple[str, ...]
     slides: pd.DataFrame
+    bags: Bags | None = None
+    rna: NDArray[np.float32] | None = None
+    genes: tuple[str, ...] = ()
+    pathways: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of patients."""
@@ -73,7 +86,13 @@ class Cohort:
         rows = self.patients.index.get_indexer(pd.Index(sorted(patient_ids)))
         if (rows < 0).any():
             raise TableError(f"{int((rows < 0).sum())} patient(s) asked for are not in the cohort; check the ids.")
-        return replace(self, patients=self.patients.iloc[rows], pool=self.pool[rows])
+        return replace(
+            self,
+            patients=self.patients.iloc[rows],
+            pool=self.pool[rows],
+            bags=None if self.bags is None else self.bags.take(rows),
+            rna=None if self.rna is None else self.rna[rows],
+        )
 
     def followed(self, known: bool = True) -> Cohort:
         """Return the cohort of the patients with follow-up, or of those without."""
