@@ -150,8 +150,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_evaluation(results, _evaluation({"constant": 0.0, "colour_ridge": 0.2, "m2ost": 0.5}))
     (results / "m2ost" / "model").mkdir()
     (results / "m2ost" / "model" / "config.json").write_text(json.dumps({"trained_on": {"A": "p-A"}, "loss": [1, 0.5]}))
-    survival = [("constant", "harrell_c", 0.5, 0.5, 0.5, 12), ("mean_pool", "harrell_c", 0.7, 0.4, 0.9, 12)]
-    columns = ["method", "metric", "mean", "ci_low", "ci_high", "n_patients"]
+    survival = [
+        ("constant", "harrell_c", 0.5, 0.5, 0.5, 12, ""),
+        ("mean_pool", "harrell_c", 0.7, 0.4, 0.9, 12, ""),
+        ("mean_pool", "harrell_c", 0.2, -0.1, 0.4, 12, "constant"),
+    ]
+    columns = ["method", "metric", "mean", "ci_low", "ci_high", "n_patients", "baseline"]
     write_tsv(pd.DataFrame(survival, columns=columns), results / "survival" / "summary.tsv")
     pooled = {"fold": "pooled", "method": "constant", "metric": "harrell_c", "value": 0.5}
     write_tsv(pd.DataFrame([pooled | {"n_patients": 12, "n_events": 7}]), results / "survival" / "evaluation.tsv")

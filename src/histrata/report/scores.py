@@ -61,7 +61,8 @@ def describe_survival(folder: Path) -> Part:
     path = folder / "summary.tsv"
     if not path.is_file():
         return Part(notes=["Survival was not evaluated: the run had no patient sheet, or it is not finished."])
-    summary = read_summary(path, "histrata survival evaluate")
+    summary = read_summary(path, "histrata survival evaluate", ("baseline",))
+    summary = summary[summary["baseline"] == ""]
     part = Part(notes=_survival_caveat(folder / "evaluation.tsv"))
     caption = "Held-out patients of all folds, with 95 % intervals over patients"
     part.tables.append(summary_table(summary, caption, metrics_of(summary)))

@@ -18,7 +18,7 @@ from histrata.files import SCHEMA_VERSION, provenance, whole, write_tsv
 from histrata.folds import make_patient_folds
 from histrata.sheets import read_patients
 from histrata.survival.cohort import Cohort, read_cohort
-from histrata.survival.cox import CoxModel, Fit, cox_methods, save_cox
+from histrata.survival.cox import CoxFit, CoxModel, cox_methods, save_cox
 from histrata.survival.evaluation import Evaluation, evaluate_survival
 from histrata.survival.figures import draw_kaplan_meier, logrank_p
 
@@ -120,7 +120,7 @@ def train_survival(cohort: Cohort, components: int = 10, penalizer: float = 0.1)
     return methods[main](cohort.followed()), main
 
 
-def _methods(cohort: Cohort, components: int, penalizer: float) -> tuple[dict[str, Fit], str]:
+def _methods(cohort: Cohort, components: int, penalizer: float) -> tuple[dict[str, CoxFit], str]:
     """Return the methods, and the name of the main one."""
     methods = cox_methods(cohort, components, penalizer)
     main = list(methods)[-1]
@@ -240,8 +240,10 @@ def _card(followed: Cohort, model: CoxModel, main: str, figures: pd.DataFrame | 
 def _figures(figures: pd.DataFrame | None) -> list[str]:
     if figures is None:
         return ["Not evaluated: run `histrata survival evaluate` and train with its summary.tsv."]
+    # Rows that name a baseline are differences.
+    own = figures[figures["baseline"].isna()] if "baseline" in figures else figures
     rows = ["| method | metric | value | 95 % interval over patients | patients |", "|---|---|---|---|---|"]
     return rows + [
         f"| {row.method} | {row.metric} | {row.mean:.3f} | {row.ci_low:.3f} to {row.ci_high:.3f} | {row.n_patients} |"
-        for row in figures.itertuples()
+        for row in own.itertuples()
     ]
