@@ -50,7 +50,7 @@ def concordance(
 
 
 def auc_at(time: ArrayLike, risk: ArrayLike, weight: ArrayLike, at: float, counts: ArrayLike | None = None) -> Array:
-    """Cumulative/dynamic AUC at a time: does the risk tell who has the event by then from who is free of it?
+    """Cumulative/dynamic AUC at a time: how well the risk tells who has the event by then from who is free of it.
 
     sum_ij w_i [t_j > at] ([r_i > r_j] + [r_i = r_j] / 2) / sum_ij w_i [t_j > at] (Uno et al. 2007; Hung and Chiang
     2010), with the weights of `case_weights`.
