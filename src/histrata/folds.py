@@ -214,7 +214,12 @@ def _given_patients(path: Path, subject_of: Mapping[str, str]) -> dict[str, set[
         held_out[fold] = {patient for patient in patients if patient in subject_of}
     strangers = sorted(set(fold_of) - set(subject_of))
     if strangers:
-        log.warning("%s: %d patient(s) of the folds are not among the patients with follow-up: %s", path, len(strangers), _first(strangers))
+        log.warning(
+            "%s: %d patient(s) of the folds are not among the patients with follow-up: %s",
+            path,
+            len(strangers),
+            _first(strangers),
+        )
     always = sorted(set(subject_of) - set(fold_of))
     if always:
         log.warning("%s: %d patient(s) are held out by no fold and trained on: %s", path, len(always), _first(always))

@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from histrata.errors import HistrataError
-from histrata.folds import make_patient_folds
+from histrata.folds import Fold, make_patient_folds
 from histrata.survival.cohort import Cohort
 from histrata.survival.cox import CoxFit, CoxModel
 from histrata.survival.fitting import Fit, SurvivalModel
@@ -206,10 +206,10 @@ def with_covariates(fit: Fit, inner_folds: int = 5, penalizer: float = 0.1) -> F
     return fit_both
 
 
-def _inner_folds(train: Cohort, k: int, seed: int) -> list:
+def _inner_folds(train: Cohort, k: int, seed: int) -> list[Fold]:
     """Split training patients by site where it is known and can be done, else by patient."""
     table = train.patients.reset_index()
-    if "site" in table:
+    if "site" in table and "site" not in train.covariates:
         try:
             return make_patient_folds(table, k, seed, site="site")
         except HistrataError as error:

@@ -9,10 +9,10 @@ penalty (Efron's handling of ties) on standardised columns:
 
 Means, scales, components, levels and coefficients all come from the patients that `fit_cox` is given and
 from nobody else. A patient without a slide, or without RNA, gets the mean of those patients, that is, adds
-nothing to the log hazard from that side. Where there are as many columns as patients, or more, they are turned
-onto the at most n - 1 axes on which patients differ, which changes nothing: a ridge coefficient lies in the span
-of the rows (Hastie and Tibshirani 2004), so thousands of columns cost no more than hundreds. Without any column the model is the constant predictor: one risk
-for all, and the Kaplan-Meier curve.
+nothing to the log hazard from that side. Where there are as many columns as patients, or more, they are
+turned onto the at most n - 1 axes on which patients differ, which changes nothing: a ridge coefficient lies in
+the span of the rows (Hastie and Tibshirani 2004), so thousands of columns cost no more than hundreds. Without
+any column the model is the constant predictor: one risk for all, and the Kaplan-Meier curve.
 """
 
 from __future__ import annotations
