@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lifelines import CoxPHFitter
 from lifelines.utils import concordance_index
-from scipy.stats import chi2
+from scipy.stats import chi2, norm
 
 from histrata.errors import HistrataError, LeakError, TableError
 from histrata.folds import make_patient_folds
@@ -26,7 +26,6 @@ from histrata.survival.baselines import (
     late_fusion,
     model_methods,
     shuffle,
-    shuffled,
     with_covariates,
 )
 from histrata.survival.cohort import Cohort
@@ -286,6 +285,9 @@ def test_paired_differences_by_brute_force(planted):
     both = [concordance(p["time"], p["event"], p["rank"], weight, counts) for p in (a, b)]
     np.testing.assert_allclose((both[0] - both[1])[:25], values, atol=1e-12)
     row = versus(result, "rna_pca", "mean_pool")
+    # Five folds of 48 patients, each beside 192 training patients.
+    error = (both[0] - both[1]).std() * np.sqrt(1 + 5 * 48 / 192)
+    assert row["p"] == pytest.approx(2 * norm.sf(abs(row["mean"]) / error))
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(interval(both[0] - both[1]), abs=1e-12)
     assert row["mean"] == pytest.approx(own(result, "rna_pca")["mean"] - own(result, "mean_pool")["mean"])
     differences = result.summary[result.summary["baseline"] != ""]
@@ -313,6 +315,39 @@ def test_no_method_finds_anything_in_noise():
         assert abs(rows["mean"].mean() - 0.5) <= 3 * error / np.sqrt(len(rows)) + 1e-9, name
     held = [((t["ci_low"] <= 0.5) & (t["ci_high"] >= 0.5)).mean() for t in figures]
     assert np.mean(held) >= 0.75
+
+
+def test_tau_and_horizons_can_be_given_and_are_told():
+    cohort = make_cohort(80, rna=1.0)
+    methods = {"rna": CoxFit(rna=True)}
+    a, b = (
+        evaluate_survival(cohort, folds_of(cohort, 3), methods, replicates=20, horizons=[0.25, 1], tau=0.8, times=[0.3])
+        for _ in range(2)
+    )
+    assert {"auc_at_0.25", "auc_at_1"} <= set(a.summary["metric"])
+    assert (a.table["tau"] == 0.8).all()
+    assert set(a.calibration["horizon"]) == {0.25, 1.0}
+    assert "survival_0" in a.predictions
+    for one, other in zip(a, b, strict=True):
+        pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+def test_each_model_is_asked_once():
+    cohort = make_cohort(60, rna=1.0)
+    asked = []
+
+    class Counted(Noisy):
+        def risk(self, cohort):
+            asked.append("risk")
+            return super().risk(cohort)
+
+        def survival(self, cohort, times):
+            asked.append("survival")
+            return np.full((len(cohort), len(times)), 0.5)
+
+    evaluate_survival(cohort, folds_of(cohort, 2), {"m": lambda _, seed: Counted(seed)}, replicates=5)
+    # In each of 2 folds, each of 3 seeds: risks of training and of held-out patients, curves of the latter.
+    assert (asked.count("risk"), asked.count("survival")) == (12, 6)
 
 
 @dataclass
@@ -483,7 +518,7 @@ def test_shuffling_deals_the_rows_of_one_modality():
     again = shuffle(cohort, "rna", 1)
     np.testing.assert_array_equal(again.rna, dealt.rna)
     with pytest.raises(HistrataError, match="'moon'"):
-        shuffled(CoxFit(), "moon")
+        model_methods("m", CoxFit(), cohort, uses=("moon",))
 
 
 def test_late_fusion_stands_where_one_modality_is_missing():
@@ -557,6 +592,14 @@ def test_times_that_cannot_be(time):
     cohort.patients.loc["p003", "time"] = time
     with pytest.raises(HistrataError, match=f"'p003' has the time {time:g}"):
         fit_cox(cohort, pool=False, covariates=True)
+
+
+def test_an_event_at_the_start_of_follow_up_counts():
+    cohort = make_cohort(60, rna=1.0)
+    cohort.patients.loc[["p003", "p004"], ["time", "event"]] = [[0.0, 1.0], [0.0, 0.0]]
+    result = evaluate_survival(cohort, folds_of(cohort, 3), baseline_methods(cohort), replicates=20)
+    assert np.isfinite(result.predictions["risk"]).all()
+    assert result.summary["mean"].notna().all()
 
 
 def test_unknown_covariates_are_filled_in():

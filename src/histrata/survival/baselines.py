@@ -111,7 +111,7 @@ def model_methods(
     here = {"covariates": bool(cohort.covariates), "rna": cohort.rna is not None}
     here["bags"] = bool(cohort.features) or cohort.bags is not None
     for modality in uses:
-        if here[modality]:
+        if here.get(modality, True):
             methods[f"{name}_shuffled_{modality}"] = Method(shuffled(fit, modality), CONTROL)
     return methods
 

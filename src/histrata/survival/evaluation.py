@@ -217,12 +217,37 @@ def _hold_out(
 ) -> pd.DataFrame:
     """Fit on the training side with each seed; predict the test side with their ensemble and with each of them."""
     train, test = cohort.take(fold.train).followed(), cohort.take(fold.test).followed()
-    models = [method.fit(train, seed) for seed in (seeds if method.draws else seeds[:1])]
-    voices = {_ENSEMBLE: ensemble(models, train)}
+    models = [_Remembering(method.fit(train, seed)) for seed in (seeds if method.draws else seeds[:1])]
+    voices: dict[str, SurvivalModel] = {_ENSEMBLE: ensemble(models, train)}
     if len(models) > 1:
         voices |= {str(seed): model for seed, model in zip(seeds, models, strict=True)}
     common = _common(train, test, fold.name, horizons, horizon(train.time, train.event) if tau is None else tau)
     return pd.concat([_predict(model, train, test, common, voice, times) for voice, model in voices.items()])
+
+
+class _Remembering:
+    """A model that is asked once: the ensemble and the judgement of each seed need the same answers."""
+
+    def __init__(self, model: SurvivalModel) -> None:
+        self.model = model
+        self.cut = model.cut
+        self._risks: list[tuple[Cohort, Array]] = []
+        self._curves: list[tuple[Cohort, Array, Array]] = []
+
+    def risk(self, cohort: Cohort) -> Array:
+        for known, risk in self._risks:
+            if known is cohort:
+                return risk
+        self._risks.append((cohort, np.asarray(self.model.risk(cohort), np.float64)))
+        return self._risks[-1][1]
+
+    def survival(self, cohort: Cohort, times: ArrayLike) -> Array:
+        at = np.asarray(times, np.float64)
+        for known, asked, curves in self._curves:
+            if known is cohort and np.array_equal(asked, at):
+                return curves
+        self._curves.append((cohort, at, np.asarray(self.model.survival(cohort, at), np.float64)))
+        return self._curves[-1][2]
 
 
 def _common(train: Cohort, test: Cohort, fold: str, horizons: Sequence[float], tau: float) -> pd.DataFrame:
@@ -266,30 +291,25 @@ def _predict(
             "finite number; a model must answer for every patient, also where a modality is missing."
         )
     tau = float(common["tau"].iloc[0]) if len(common) else np.nan
+    horizons = [float(common[c].iloc[0]) for c in common if c.startswith("horizon_")] if len(common) else []
+    parts = {"survival": np.asarray(times, np.float64).reshape(-1), "late": np.array(horizons)}
+    parts |= {"grid": brier_grid(tau), "own": np.unique(test.time)}
+    curves = model.survival(test, np.concatenate(list(parts.values())))
+    split = np.split(curves, np.cumsum([len(part) for part in parts.values()])[:-1], axis=1)
+    shown, late, grid, own = split
+    columns = [
+        pd.DataFrame(part, index=common.index).add_prefix(name)
+        for name, part in (("survival_", shown), ("late_", late))
+    ]
     predicted = common.assign(
         seed=voice,
         risk=risk,
         rank=(rankdata(risk) - 0.5) / max(len(risk), 1),
         high=risk > model.cut,
-        brier=_brier(train, test, model.survival(test, brier_grid(tau)), tau),
+        brier=_brier(train, test, grid, tau),
+        own=own[np.arange(len(test)), np.searchsorted(parts["own"], test.time)],
     )
-    if voice != _ENSEMBLE:
-        return predicted
-    horizons = [float(common[c].iloc[0]) for c in common if c.startswith("horizon_")] if len(common) else []
-    curves, late = model.survival(test, times), model.survival(test, horizons)
-    return predicted.assign(
-        own=_own(model, test),
-        **{f"survival_{i}": curves[:, i] for i in range(curves.shape[1])},
-        **{f"late_{i}": late[:, i] for i in range(late.shape[1])},
-    )
-
-
-def _own(model: SurvivalModel, test: Cohort) -> Array:
-    """Return each patient's predicted survival at the patient's own time, float64 (patients,)."""
-    steps, at = np.unique(test.time, return_inverse=True)
-    curves = model.survival(test, steps)
-    own: Array = curves[np.arange(len(test)), at]
-    return own
+    return pd.concat([predicted, *columns], axis=1)
 
 
 class _Judged:
@@ -414,7 +434,7 @@ def _differences(name: str, one: _Judged, others: Mapping[str, _Judged], metric:
 
 
 def _p_value(value: float, draws: Array, overlap: float) -> float:
-    """Two-sided p value of a difference with the variance of the draws times `overlap`; NaN where it is not defined."""
+    """Two-sided p value of a difference, with the variance of the draws times `overlap`; NaN if undefined."""
     known = draws[np.isfinite(draws)]
     if not np.isfinite(value) or len(known) <= len(draws) / 2:
         return float("nan")
