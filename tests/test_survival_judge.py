@@ -18,7 +18,7 @@ from lifelines.utils import concordance_index
 from scipy.stats import chi2, norm
 
 from histrata.errors import HistrataError, LeakError, TableError
-from histrata.folds import make_patient_folds
+from histrata.folds import Fold, make_patient_folds
 from histrata.survival.bags import Bags
 from histrata.survival.baselines import (
     baseline_methods,
@@ -415,6 +415,14 @@ def test_a_model_that_does_not_answer_is_named():
 
     with pytest.raises(HistrataError, match="no finite number"):
         evaluate_survival(cohort, folds_of(cohort, 2), {"silent": lambda _, seed: Silent(seed)}, seeds=(0,))
+
+
+def test_a_fold_must_hold_out_someone_with_follow_up():
+    cohort = make_cohort(30, rna=1.0)
+    cohort.patients.loc["p000", ["time", "event"]] = np.nan
+    fold = Fold("lost", tuple(cohort.patients.index[1:]), ("p000",))
+    with pytest.raises(HistrataError, match="'lost' holds out no patient with follow-up"):
+        evaluate_survival(cohort, [fold], {"rna": CoxFit(rna=True)})
 
 
 def test_the_order_of_methods_and_of_genes_changes_nothing():

@@ -217,6 +217,10 @@ def _hold_out(
 ) -> pd.DataFrame:
     """Fit on the training side with each seed; predict the test side with their ensemble and with each of them."""
     train, test = cohort.take(fold.train).followed(), cohort.take(fold.test).followed()
+    if not len(test):
+        raise HistrataError(
+            f"Fold '{fold.name}' holds out no patient with follow-up; make the folds of the patients with follow-up."
+        )
     models = [_Remembering(method.fit(train, seed)) for seed in (seeds if method.draws else seeds[:1])]
     voices: dict[str, SurvivalModel] = {_ENSEMBLE: ensemble(models, train)}
     if len(models) > 1:
@@ -290,8 +294,8 @@ def _predict(
             f"The model gave patient '{patient}' ({int((~np.isfinite(risk)).sum())} such patient(s)) a risk that is no "
             "finite number; a model must answer for every patient, also where a modality is missing."
         )
-    tau = float(common["tau"].iloc[0]) if len(common) else np.nan
-    horizons = [float(common[c].iloc[0]) for c in common if c.startswith("horizon_")] if len(common) else []
+    tau = float(common["tau"].iloc[0])
+    horizons = [float(common[c].iloc[0]) for c in common if c.startswith("horizon_")]
     parts = {"survival": np.asarray(times, np.float64).reshape(-1), "late": np.array(horizons)}
     parts |= {"grid": brier_grid(tau), "own": np.unique(test.time)}
     curves = model.survival(test, np.concatenate(list(parts.values())))
