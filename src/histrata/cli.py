@@ -37,8 +37,9 @@ app.add_typer(survival, name="survival")
 
 def main() -> None:
     """Run the command; a mistake that the user can mend is one sentence and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("lightning", "lightning.pytorch", "httpx", "huggingface_hub", "timm", "fontTools"):
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("histrata").setLevel(logging.INFO)
+    for noisy in ("lightning", "lightning.pytorch", "timm"):  # which set levels of their own
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()
@@ -586,18 +587,33 @@ def report(
 @app.command("demo-data")
 def demo_data(
     folder: Annotated[Path, typer.Argument(help="Folder to write the cohort to.")],
-    patients: Annotated[int, typer.Option(min=2, help="Patients, one slide each.")] = 12,
+    patients: Annotated[
+        int | None, typer.Option(min=2, help="Patients, one slide each; default: 12, with --survival 240.")
+    ] = None,
     measured: Annotated[int, typer.Option(min=2, help="Patients with measured expression.")] = 4,
     size_px: Annotated[int, typer.Option(help="Width and height of a slide in px.")] = 3072,
+    survival: Annotated[
+        bool, typer.Option("--survival", help="Write bags, RNA and follow-up of more patients, without slides.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Write a small cohort with known truth: slides, counts, follow-up, sheets and config.
 
     Example: histrata demo-data demo
     """
+    if survival:
+        from histrata.demo.cohort import write_cohort
+
+        write_cohort(folder, patients or 240, seed)
+        print(
+            f"written to {folder}; run it with: histrata survival evaluate {folder}/patients.tsv "
+            f"--instances {folder}/instances.npz --rna {folder}/rna.tsv.gz --gene-sets {folder}/gene_sets.gmt "
+            "--site site"
+        )
+        return
     from histrata.demo import write_demo
 
-    write_demo(folder, patients=patients, measured=measured, size_px=size_px, seed=seed)
+    write_demo(folder, patients=patients or 12, measured=measured, size_px=size_px, seed=seed)
     print(
         f"written to {folder}; run it with: snakemake --cores 2 --directory {folder} --configfile {folder}/config.yaml"
     )
