@@ -340,7 +340,7 @@ def _tell(cohort: Cohort, in_sheet: set[str]) -> None:
     lacking = {
         "are not in the patient sheet and are only predicted": [i for i in table.index if i not in in_sheet],
         "have no follow-up and are only predicted": [i for i in cohort.followed(False).patients.index if i in in_sheet],
-        "have no slide and get the mean embedding of the training patients": list(
+        "have no slide or instance and get the mean embedding of the training patients": list(
             table.index[(table["n_spots"] == 0) & bool(cohort.features)]
         ),
         "share an image with another patient and are kept on one side of every fold": list(

@@ -8,15 +8,17 @@ embedding.h5ad
     `X` (instances, features); `obs["patient_id"]` or `obs["slide_id"]` or both; where there is `obs["in_tissue"]`, what
     lies off tissue is left out. Ordered by obs_names.
 .npz, .h5
-    `features` (instances, features) and `patient_id` or `slide_id` (instances,). Other arrays are named in the log.
+    `features` (instances, features), `patient_id` or `slide_id` or both (instances,), and optionally `instance_id`.
+    Other arrays are named in the log.
 .csv, .tsv (or .txt), also .gz
-    Columns `patient_id` or `slide_id` or both; every other column is a feature.
+    Columns `patient_id` or `slide_id` or both, and optionally `instance_id`; every other column is a feature.
 A folder of .h5
     As TRIDENT and CLAM write them: one file a slide, called `<slide_id>.h5`, with `features` (n, d) or (1, n, d) and
     `coords` (n, 2) or (1, n, 2), by which instances are ordered.
 
 Where only slides are named, the patient sheet's column `slide_id` says whose they are; without such a column, the slide
-is the patient. All are read by blocks, in any float or integer type, and nothing is unpickled.
+is the patient. Without a name or place for each instance (unique in its slide), instances are ordered by their values.
+All are read by blocks, in any float or integer type, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from histrata.survival.text import read_header, separator, tell
 log = logging.getLogger(__name__)
 
 IDS = ("patient_id", "slide_id")
+NAME = "instance_id"
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".dcm", ".svslide", ".czi")
 _READ_ERRORS = (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile, EOFError)
 Columns = Mapping[str, NDArray[np.str_]]
@@ -145,7 +148,7 @@ def _source(
         slides=tuple(slides),
         patients=tuple(patient or "" for patient in patients),
         slide=np.where(chosen, codes, -1).astype(np.int64),
-        order=None if names is None else np.argsort(np.argsort(names, kind="stable"), kind="stable"),
+        order=_ranks(codes, columns.get(NAME) if names is None else names),
         features=tuple(map(str, features)),
         dtype=np.dtype(dtype),
         blocks=blocks,
@@ -155,6 +158,13 @@ def _source(
     tell(f"slide(s) of {path} stand in no row of the patient sheet's column slide_id and are left out",
          [slide for slide, k in zip(slides, known, strict=True) if not k])  # fmt: skip
     return source.keep(known)
+
+
+def _ranks(codes: NDArray[np.int64], names: NDArray[np.str_] | None) -> NDArray[np.int64] | None:
+    """Give the place of each name among all; None where there are none, or some are not unique in their slide."""
+    if names is None or pd.DataFrame({"slide": codes, "name": names}).duplicated().any():
+        return None
+    return np.argsort(np.argsort(names, kind="stable"), kind="stable").astype(np.int64)
 
 
 def _patients(path: Path, codes: NDArray[np.int64], slides: Sequence[str], ids: NDArray[np.str_]) -> list[str]:
@@ -188,7 +198,7 @@ def _require_columns(path: Path, there: Collection[str], where: Mapping[str, str
     for name in where:
         if name not in there:
             raise TableError(f"{path} has no column '{name}' to choose rows by; it has {', '.join(sorted(there))}.")
-    return list(dict.fromkeys([*ids, *where]))
+    return list(dict.fromkeys([*ids, *(name for name in (NAME,) if name in there), *where]))
 
 
 def _text(values: Any, path: Path, name: str, first_row: int = 0) -> NDArray[np.str_]:
@@ -424,7 +434,7 @@ def _text_blocks(path: Path, header: list[str], features: list[str], rows: int) 
                 i = int(np.argmax(wrong.to_numpy()))
                 raise TableError(
                     f"{path}, row {at + i}, column {name}: found '{chunk[name].iloc[i]}' where a number was expected; "
-                    "every column but patient_id and slide_id is a feature, so correct the cell or remove the column."
+                    f"every column but {', '.join((*IDS, NAME))} is a feature, so correct it or remove the column."
                 )
         yield chunk[features].to_numpy()
         at += len(chunk)
