@@ -20,7 +20,7 @@ from histrata.sheets import read_patients
 from histrata.survival import instances as instances_module
 from histrata.survival import read_cohort
 from histrata.survival.inputs import Inputs
-from histrata.survival.instance_files import open_embedding, open_instances
+from histrata.survival.instance_files import open_embedding, open_instances, spots_of
 from histrata.survival.instances import gather
 from histrata.survival.pathways import pathway_columns, read_gene_sets
 from histrata.survival.rna import predicted_rna, read_rna
@@ -218,7 +218,15 @@ def test_slides_lie_one_after_the_other_with_their_spots_by_name(tmp_path):
     for slide in cohort.slides.itertuples():
         rows = cohort.bags.instances[slide.row : slide.row + slide.n_spots]
         np.testing.assert_array_equal(rows, on_tissue[slide.slide_id])
+        assert spots_of(slide.path).tolist() == [f"n{i}" for i in range(slide.n_spots)]
     assert cohort.subject_of == {p: p for p in ("pa", "pb", "pc", "pd")}
+
+
+def test_spots_of_one_name_are_refused(tmp_path):
+    with pytest.warns(UserWarning, match="not unique"):
+        path = write_embedding(tmp_path, "s", "a", np.ones((3, D)), names=["x", "y", "x"])
+    with pytest.raises(TableError, match="spot 'x' stands more than once"):
+        read_cohort(sheet_of(["a"]), [path])
 
 
 def test_slides_without_a_spot_on_tissue_share_no_image(tmp_path):
@@ -342,6 +350,8 @@ BAD_INSTANCES = {
     ),
     "inf": (lambda p: h5(p / "i.h5", features=[[np.inf, 2]], patient_id=[b"a"]), "i.h5, row 0"),
     "beyond float32": (lambda p: npz(p / "i.npz", features=[[1e300]], patient_id=["a"]), "beyond what float32"),
+    "csv ragged": (lambda p: text(p / "i.csv", "patient_id,f\na,1,2\n"), "row 2: 3 cells under a header of 2"),
+    "csv later ragged": (lambda p: text(p / "i.csv", "patient_id,f\na,1\na,1,2,3\n"), "a row does not fit the header"),
     "csv nan": (lambda p: text(p / "i.csv", "patient_id,f\na,1\na,\n"), r"i.csv, row 3, feature 'f'"),
     "csv word": (lambda p: text(p / "i.csv", "patient_id,f\na,1\na,x\n"), r"i.csv, row 3, column f: found 'x'"),
     "csv twins": (lambda p: text(p / "i.csv", "patient_id,f,f\na,1,2\n"), "column 'f' stands twice"),
@@ -376,6 +386,23 @@ def test_bad_instances_are_one_sentence(tmp_path, case):
 def test_bad_embeddings_are_one_sentence(tmp_path, write, says):
     with pytest.raises(TableError, match=says):
         open_embedding(write(tmp_path))
+
+
+def test_the_index_that_pandas_writes_is_no_feature(tmp_path):
+    table = pd.DataFrame({"patient_id": list("ab"), "f": [1.0, 2.0]})
+    table.to_csv(tmp_path / "i.csv")
+    cohort = read_cohort(sheet_of(["a", "b"]), instances=tmp_path / "i.csv")
+    assert (cohort.features, cohort.bags.instances.ravel().tolist()) == (("f",), [1, 2])
+
+
+@pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix])
+def test_sparse_features(tmp_path, form, monkeypatch):
+    monkeypatch.setattr(instances_module, "BLOCK", 2 * D * 4)
+    x = np.random.default_rng(0).normal(size=(7, D)).astype(np.float32)
+    obs = pd.DataFrame({"patient_id": list("aabbbab")}, index=[f"n{i}" for i in range(7)])
+    ad.AnnData(form(x), obs=obs).write_h5ad(tmp_path / "i.h5ad")
+    cohort = read_cohort(sheet_of(["a", "b"]), instances=tmp_path / "i.h5ad")
+    np.testing.assert_array_equal(cohort.bags.instances, x[[0, 1, 5, 2, 3, 4, 6]])
 
 
 # ---- RNA --------------------------------------------------------------------------------------------------

@@ -550,6 +550,8 @@ def survival_evaluate(
     Writes evaluation.tsv, summary.tsv, cohort.h5ad and kaplan_meier.png into the output folder.
 
     Example: histrata survival evaluate config/patients.tsv results/slides/*
+
+    Example: histrata survival evaluate patients.tsv --instances bags.npz --rna rna.csv --gene-sets sets.gmt
     """
     from histrata.survival.steps import evaluate
 

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from histrata.errors import TableError, quoted
 from histrata.survival.instances import Source, rows_at_once
-from histrata.survival.text import read_header, separator, tell
+from histrata.survival.text import read_lines, separator, tell
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,20 @@ def open_embedding(path: Path) -> Source | None:
     if source is None:
         log.warning("%s has no spots and is left out of its patient's mean.", path)
     return source
+
+
+def spots_of(path: Path) -> NDArray[np.str_]:
+    """Return the names of a slide's spots on tissue, in the order in which they are its patient's instances.
+
+    Parameters
+    ----------
+    path
+        `embedding.h5ad` of the slide.
+    """
+    obs = _read_h5ad(path, embedding=True)[0]
+    names = obs.index.to_numpy().astype(np.str_)
+    kept = _on_tissue(obs)
+    return np.sort(names if kept is None else names[kept], kind="stable")
 
 
 def open_instances(
@@ -226,27 +240,37 @@ def _numbered(width: int) -> list[str]:
 def _open_h5ad(
     path: Path, patient_of: Mapping[str, str] | None, where: Mapping[str, str], embedding: bool = False
 ) -> Source | None:
+    obs, features, dtype = _read_h5ad(path, embedding)
+    if not len(obs):
+        return None
+    columns = {name: _text(obs[name], path, name) for name in _require_columns(path, obs.columns, where)}
+    blocks = partial(_h5ad_blocks, path, rows_at_once(len(features)))
+    spots = obs.index.to_numpy().astype(np.str_)
+    return _source(path, columns, features, dtype, blocks, patient_of, where, names=spots, kept=_on_tissue(obs))
+
+
+def _read_h5ad(path: Path, embedding: bool) -> tuple[pd.DataFrame, list[str], np.dtype]:
+    """Give all of AnnData but its numbers: obs, the names of var, and the type of X."""
     mend = "make it again with `histrata embed`" if embedding else "write it with AnnData.write_h5ad"
     if not path.is_file():
         raise TableError(f"{path}: no such file; {mend.replace(' again', '')}.")
     try:
         with h5py.File(path) as file:
-            obs, names = read_elem(file["obs"]), read_elem(file["var"]).index
-            x = file["X"]
+            obs, features, x = read_elem(file["obs"]), list(read_elem(file["var"]).index), file["X"]
             dtype = x["data"].dtype if isinstance(x, h5py.Group) else x.dtype
     except _READ_ERRORS as error:
         raise TableError(f"{path}: not a readable .h5ad file with X ({quoted(error)}); {mend}.") from error
-    if not len(obs):
-        return None
-    if embedding:
-        for column in IDS:
-            if column not in obs or obs[column].astype(str).nunique() != 1:
-                raise TableError(f"{path} must name one slide and one patient, but obs['{column}'] does not; {mend}.")
-    columns = {name: _text(obs[name], path, name) for name in _require_columns(path, obs.columns, where)}
-    kept = obs["in_tissue"].astype(float).to_numpy() == 1 if "in_tissue" in obs else None
-    blocks = partial(_h5ad_blocks, path, rows_at_once(len(names)))
-    spots = obs.index.to_numpy().astype(str)
-    return _source(path, columns, names, dtype, blocks, patient_of, where, names=spots, kept=kept)
+    for column in IDS if embedding and len(obs) else ():
+        if column not in obs or obs[column].astype(str).nunique() != 1:
+            raise TableError(f"{path} must name one slide and one patient, but obs['{column}'] does not; {mend}.")
+    if embedding and not obs.index.is_unique:
+        twice = obs.index[obs.index.duplicated()]
+        raise TableError(f"{path}: spot '{twice[0]}' stands more than once ({len(twice)} row(s) too many); {mend}.")
+    return obs, features, dtype
+
+
+def _on_tissue(obs: pd.DataFrame) -> NDArray[np.bool_] | None:
+    return np.asarray(obs["in_tissue"].astype(float) == 1) if "in_tissue" in obs else None
 
 
 def _h5ad_blocks(path: Path, rows: int) -> Iterator[NDArray]:
@@ -404,15 +428,27 @@ def _npz_blocks(path: Path, rows: int, by_column: bool) -> Iterator[NDArray]:
 
 
 def _open_text(path: Path, patient_of: Mapping[str, str] | None, where: Mapping[str, str]) -> Source:
-    header = read_header(path)
+    header, first = read_lines(path, 2)
+    if len(first) > len(header):
+        raise TableError(f"{path}, row 2: {len(first)} cells under a header of {len(header)}; name each column.")
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise TableError(f"{path}: column '{twice[0]}' stands twice in the header; keep one of them.")
     used = _require_columns(path, header, where)
-    features = [name for name in header if name not in used]
+    # A column without a name is the index that pandas writes.
+    features = [name for name in header if name and name not in used]
+    _tell_ignored(path, {"a column without a name"} if "" in header else set())
     try:
         table = pd.read_csv(
-            path, sep=separator(path), header=None, skiprows=1, names=header, usecols=used, dtype=str, index_col=False
+            path,
+            sep=separator(path),
+            header=None,
+            skiprows=1,
+            names=header,
+            usecols=used,
+            dtype=str,
+            index_col=False,
+            keep_default_na=False,
         )
     except (ValueError, OSError, EOFError) as error:
         raise TableError(f"{path}: not a readable text table ({quoted(error)}); save it as CSV or TSV.") from error
@@ -422,19 +458,27 @@ def _open_text(path: Path, patient_of: Mapping[str, str] | None, where: Mapping[
 
 
 def _text_blocks(path: Path, header: list[str], features: list[str], rows: int) -> Iterator[NDArray]:
+    # Of all columns: where it reads some, pandas drops cells beyond the header's last in silence.
     read = pd.read_csv(
-        path, sep=separator(path), header=None, skiprows=1, names=header, usecols=features, chunksize=rows,
-        index_col=False, low_memory=False,
+        path, sep=separator(path), header=None, skiprows=1, names=header, chunksize=rows, index_col=False,
+        low_memory=False,
     )  # fmt: skip
     at = 2
-    for chunk in read:
-        for name in features:
-            if chunk[name].dtype.kind not in "fiu":
-                wrong = pd.to_numeric(chunk[name], errors="coerce").isna() | (chunk[name].dtype == bool)
-                i = int(np.argmax(wrong.to_numpy()))
-                raise TableError(
-                    f"{path}, row {at + i}, column {name}: found '{chunk[name].iloc[i]}' where a number was expected; "
-                    f"every column but {', '.join((*IDS, NAME))} is a feature, so correct it or remove the column."
-                )
-        yield chunk[features].to_numpy()
-        at += len(chunk)
+    try:
+        for chunk in read:
+            for name in features:
+                if chunk[name].dtype.kind not in "fiu":
+                    _refuse_word(path, chunk[name], at)
+            yield chunk[features].to_numpy()
+            at += len(chunk)
+    except pd.errors.ParserError as error:
+        raise TableError(f"{path}: a row does not fit the header ({quoted(error)}); correct it.") from error
+
+
+def _refuse_word(path: Path, column: pd.Series, first_row: int) -> None:
+    wrong = pd.to_numeric(column, errors="coerce").isna() & column.notna()
+    i = int(np.argmax(wrong.to_numpy()))
+    raise TableError(
+        f"{path}, row {first_row + i}, column {column.name}: found '{column.iloc[i]!s}' where a number was expected; "
+        f"every column but {', '.join((*IDS, NAME))} is a feature, so correct it or remove the column."
+    )

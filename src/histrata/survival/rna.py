@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histrata.errors import TableError, quoted
-from histrata.survival.text import read_header, separator, tell
+from histrata.survival.text import read_lines, separator, tell
 
 log = logging.getLogger(__name__)
 
@@ -172,9 +172,11 @@ def _read_h5ad(path: Path) -> pd.DataFrame:
 
 def _read_text(path: Path) -> pd.DataFrame:
     """Read a table with the genes' names as they stand in the header: pandas would rename twins in silence."""
-    header = read_header(path)
+    (header,) = read_lines(path, 1)
     try:
-        table = pd.read_csv(path, sep=separator(path), header=None, skiprows=1, dtype={0: str}, low_memory=False)
+        table = pd.read_csv(
+            path, sep=separator(path), header=None, skiprows=1, converters={0: str.strip}, low_memory=False
+        )
     except (ValueError, OSError, EOFError) as error:
         raise TableError(f"{path}: not a readable table of RNA ({quoted(error)}); save it as CSV or TSV.") from error
     # R leaves out the header of the row names.
@@ -184,8 +186,9 @@ def _read_text(path: Path) -> pd.DataFrame:
             f"{path}: its header has {len(header)} cells and its rows {table.shape[1]}; write a row a patient, the "
             "patient's id first, under a header with the genes, and name the file by its separator (.csv or .tsv)."
         )
-    if table[0].isna().any():
-        row = int(table[0].isna().to_numpy().argmax())
+    empty = (table[0] == "").to_numpy()
+    if empty.any():
+        row = int(empty.argmax())
         raise TableError(f"{path}, row {row + 2}: the patient's id is empty; fill it in.")
     table = table.set_index(0)
     for i, name in enumerate(genes, start=1):

@@ -38,10 +38,14 @@ def separator(path: Path) -> str:
     return "," if path.name.lower().removesuffix(".gz").endswith(".csv") else "\t"
 
 
-def read_header(path: Path) -> list[str]:
-    """Return the cells of the first line of a text table as they are: pandas would rename twins in silence."""
+def read_lines(path: Path, n: int) -> list[list[str]]:
+    """Return the cells of the first n lines of a text table as they are; empty where there is no such line.
+
+    pandas would rename twins in the header, and drop cells beyond its last, in silence.
+    """
     try:
         with open_text(path) as stream:
-            return [cell.strip() for cell in next(csv.reader(stream, delimiter=separator(path)), [])]
+            reader = csv.reader(stream, delimiter=separator(path))
+            return [[cell.strip() for cell in next(reader, [])] for _ in range(n)]
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise TableError(f"{path}: not a readable text table ({quoted(error)}); save it as CSV or TSV.") from error
