@@ -89,6 +89,8 @@ class Inputs:
     def _embeddings(self) -> list[Path]:
         """Give the embeddings to read: those of all slides, or of none where something else is given."""
         if self.instances is not None:
+            if self.embeddings:
+                log.info("%s takes the place of the embeddings of %d slides.", self.instances, len(self.embeddings))
             return []
         without = [path for path in self.embeddings if not path.is_file()]
         if without and len(without) == len(self.embeddings) and self._predicted:

@@ -5,8 +5,8 @@ Formats
 embedding.h5ad
     What `histrata embed` writes: one slide, spots on tissue, ordered by name.
 .h5ad
-    `X` (instances, features); `obs["patient_id"]` or `obs["slide_id"]` or both; where there is `obs["in_tissue"]`, what
-    lies off tissue is left out. Ordered by obs_names.
+    `X` (instances, features); `obs["patient_id"]` or `obs["slide_id"]` or both, and optionally `obs["instance_id"]`;
+    where there is `obs["in_tissue"]`, what lies off tissue is left out. The names of obs are not used.
 .npz, .h5
     `features` (instances, features), `patient_id` or `slide_id` or both (instances,), and optionally `instance_id`.
     Other arrays are named in the log.
@@ -17,7 +17,7 @@ A folder of .h5
     `coords` (n, 2) or (1, n, 2), by which instances are ordered.
 
 Where only slides are named, the patient sheet's column `slide_id` says whose they are; without such a column, the slide
-is the patient. Without a name or place for each instance (unique in its slide), instances are ordered by their values.
+is the patient. Instances are ordered by `instance_id` or coords where these are unique in a slide, else by their values.
 All are read by blocks, in any float or integer type, and nothing is unpickled.
 """
 
@@ -245,7 +245,8 @@ def _open_h5ad(
         return None
     columns = {name: _text(obs[name], path, name) for name in _require_columns(path, obs.columns, where)}
     blocks = partial(_h5ad_blocks, path, rows_at_once(len(features)))
-    spots = obs.index.to_numpy().astype(np.str_)
+    # Of ready-made instances, names are often numbers that were given after the rows were put in some order.
+    spots = obs.index.to_numpy().astype(np.str_) if embedding else None
     return _source(path, columns, features, dtype, blocks, patient_of, where, names=spots, kept=_on_tissue(obs))
 
 
