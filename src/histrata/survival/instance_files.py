@@ -17,8 +17,8 @@ A folder of .h5
     `coords` (n, 2) or (1, n, 2), by which instances are ordered.
 
 Where only slides are named, the patient sheet's column `slide_id` says whose they are; without such a column, the slide
-is the patient. Instances are ordered by `instance_id` or coords where these are unique in a slide, else by their values.
-All are read by blocks, in any float or integer type, and nothing is unpickled.
+is the patient. Instances are ordered by `instance_id` or coords where these are unique in a slide, else by values. All
+are read by blocks, in any float or integer type, and nothing is unpickled.
 """
 
 from __future__ import annotations
