@@ -244,11 +244,25 @@ def test_feature_files_find_their_patients_through_the_sheet(tmp_path, caplog):
     assert cohort.patients["n_slides"].tolist() == [2, 1, 0]
     assert "2 slide(s) of" in caplog.text
     assert "column slide_id and are left out: p3, p4" in caplog.text
-    assert "1 slide(s) of the patient sheet have no file" in caplog.text
+    assert "1 slide(s) of the patient sheet have no instance in" in caplog.text
     with pytest.raises(SheetError, match="gives slide 'p1' to the patients 'x' and 'y'"):
         read_cohort(sheet.assign(slide_id=["p1", "p1", "p2"]), instances=folder)
     with pytest.raises(TableError, match="none of its 5 slides"):
         read_cohort(sheet.assign(slide_id=["a", "b", "c"]), instances=folder)
+
+
+def test_tables_of_slides_find_their_patients_too(tmp_path, caplog):
+    pd.DataFrame({"slide_id": ["s1", "s2", "s3", "s2"], "f": range(4)}).to_csv(tmp_path / "i.csv", index=False)
+    sheet = sheet_of(["a", "b"], slide_id=["s2;s1", "s9"])
+    with caplog.at_level(logging.WARNING):
+        cohort = read_cohort(sheet, instances=tmp_path / "i.csv")
+    assert sorted(cohort.bags[0].ravel()) == [0, 1, 3]
+    assert cohort.bags.counts.tolist() == [3, 0]
+    assert cohort.slides["slide_id"].tolist() == ["s1", "s2"]
+    assert "column slide_id and are left out: s3" in caplog.text
+    assert "have no instance in" in caplog.text
+    with pytest.raises(TableError, match="none of its 3 slides"):
+        read_cohort(sheet.assign(slide_id="x"), instances=tmp_path / "i.csv")
 
 
 def test_rows_are_chosen_by_another_column(tmp_path, caplog):
@@ -259,6 +273,7 @@ def test_rows_are_chosen_by_another_column(tmp_path, caplog):
         cohort = read_cohort(sheet_of(list("abc")), instances=tmp_path / "i.npz", where={"stain": "HE"})
     assert cohort.bags.counts.tolist() == [1, 1, 0]
     assert cohort.bags.instances.tolist() == [[0, 1], [4, 5]]
+    assert cohort.patients["n_slides"].tolist() == [1, 1, 0]
     assert "i.npz: core not used" in caplog.text
     # Of a text table, it is no feature then.
     pd.DataFrame(x, columns=["f", "g"]).assign(**arrays).to_csv(tmp_path / "i.tsv", sep="\t", index=False)

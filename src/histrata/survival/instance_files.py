@@ -117,7 +117,8 @@ def open_instances(
     if source is None or not (source.slide >= 0).any():
         chosen = f" with {' and '.join(f'{k} = {v}' for k, v in where.items())}" if where else ""
         raise TableError(f"{path} holds no instance{chosen}; give a file that does.")
-    return [source]
+    # A slide of which no row was chosen is a slide without instances.
+    return [source.keep(np.bincount(source.slide[source.slide >= 0], minlength=len(source.slides)) > 0)]
 
 
 def clean_slide_id(slide_id: str) -> str:
@@ -147,20 +148,17 @@ def _source(
     ids = columns["slide_id"] if "slide_id" in columns else columns["patient_id"]
     codes, unique = pd.factorize(ids, sort=True)
     slides = [str(slide) for slide in unique]
-    patients: Sequence[str | None]
     if "patient_id" in columns:
         patients = _patients(path, codes, slides, columns["patient_id"])
-    elif patient_of is None:
-        patients = slides
     else:
-        patients = [patient_of.get(clean_slide_id(slide)) for slide in slides]
+        patients = _patients_of_slides(path, slides, patient_of)
     chosen = np.ones(len(codes), bool) if kept is None else kept
     for column, value in where.items():
         chosen = chosen & (columns[column] == value)
     source = Source(
         path=path,
         slides=tuple(slides),
-        patients=tuple(patient or "" for patient in patients),
+        patients=tuple(patients),
         slide=np.where(chosen, codes, -1).astype(np.int64),
         order=_ranks(codes, columns.get(NAME) if names is None else names),
         features=tuple(map(str, features)),
@@ -168,10 +166,7 @@ def _source(
         blocks=blocks,
         first_row=first_row,
     )
-    known = np.array([patient is not None for patient in patients])
-    tell(f"slide(s) of {path} stand in no row of the patient sheet's column slide_id and are left out",
-         [slide for slide, k in zip(slides, known, strict=True) if not k])  # fmt: skip
-    return source.keep(known)
+    return source.keep(np.array([bool(patient) for patient in patients]))
 
 
 def _ranks(codes: NDArray[np.int64], names: NDArray[np.str_] | None) -> NDArray[np.int64] | None:
@@ -192,6 +187,23 @@ def _patients(path: Path, codes: NDArray[np.int64], slides: Sequence[str], ids: 
             f"'{first['patient'].iloc[0]}' and '{first['patient'].iloc[1]}'; write one patient for each slide."
         )
     return [str(p) for p in pairs.sort_values("slide")["patient"]]
+
+
+def _patients_of_slides(path: Path, slides: Sequence[str], patient_of: Mapping[str, str] | None) -> list[str]:
+    """Give the patient of each slide, "" for a slide that the patient sheet does not have."""
+    if patient_of is None:
+        return list(slides)
+    patients = [patient_of.get(clean_slide_id(slide), "") for slide in slides]
+    lost = [slide for slide, patient in zip(slides, patients, strict=True) if not patient]
+    if slides and len(lost) == len(slides):
+        raise TableError(
+            f"{path}: none of its {len(slides)} slides (such as '{lost[0]}') stands in the patient sheet's column "
+            f"slide_id (such as '{next(iter(patient_of), '')}'); write the names of these slides there."
+        )
+    tell(f"slide(s) of {path} stand in no row of the patient sheet's column slide_id and are left out", lost)
+    here = {clean_slide_id(slide) for slide in slides}
+    tell(f"slide(s) of the patient sheet have no instance in {path}", sorted(set(patient_of) - here))
+    return patients
 
 
 def _require_numbers(path: Path, dtype: np.dtype, width: int) -> None:
@@ -339,21 +351,13 @@ def _open_folder(path: Path, patient_of: Mapping[str, str] | None, where: Mappin
             f"{path}: rows are chosen by a column ({', '.join(where)}) and feature files have none; drop it."
         )
     tell(f"file(s) in {path} are no .h5 and are not read", sorted(f.name for f in path.iterdir() if f not in files))
-    slides = {f.stem: f for f in files}
-    lost = sorted(s for s in slides if patient_of is not None and clean_slide_id(s) not in patient_of)
-    if len(lost) == len(slides):
-        raise TableError(
-            f"{path}: none of its {len(slides)} slides (such as '{lost[0]}') stands in the patient sheet's column "
-            f"slide_id (such as '{next(iter(patient_of or {}), '')}'); write the names of the feature files there."
-        )
-    tell(f"slide(s) of {path} stand in no row of the patient sheet's column slide_id and are left out", lost)
-    here = {clean_slide_id(s) for s in slides}
-    tell(f"slide(s) of the patient sheet have no file in {path}", sorted(set(patient_of or {}) - here))
-    opened = (_open_features(f, slide, patient_of) for slide, f in slides.items() if slide not in lost)
+    slides = [f.stem for f in files]
+    patients = _patients_of_slides(path, slides, patient_of)
+    opened = (_open_features(*row) for row in zip(files, slides, patients, strict=True) if row[2])
     return [source for source in opened if source is not None]
 
 
-def _open_features(path: Path, slide: str, patient_of: Mapping[str, str] | None) -> Source | None:
+def _open_features(path: Path, slide: str, patient: str) -> Source | None:
     """Open the features of one slide, ordered by the place of the patches where it is told."""
     try:
         with h5py.File(path) as file:
@@ -373,7 +377,6 @@ def _open_features(path: Path, slide: str, patient_of: Mapping[str, str] | None)
         # Two patches of one place have no order but that of their values.
         if len(np.unique(coords, axis=0)) == n:
             order = np.argsort(places).astype(np.int64)
-    patient = slide if patient_of is None else patient_of[clean_slide_id(slide)]
     blocks = partial(_h5_blocks, path, rows_at_once(width))
     return Source(path, (slide,), (patient,), np.zeros(n, np.int64), order, tuple(_numbered(width)), dtype, blocks)
 
