@@ -262,7 +262,7 @@ def test_tables_of_slides_find_their_patients_too(tmp_path, caplog):
     assert "column slide_id and are left out: s3" in caplog.text
     assert "have no instance in" in caplog.text
     with pytest.raises(TableError, match="none of its 3 slides"):
-        read_cohort(sheet.assign(slide_id="x"), instances=tmp_path / "i.csv")
+        read_cohort(sheet.assign(slide_id=["x", "y"]), instances=tmp_path / "i.csv")
 
 
 def test_rows_are_chosen_by_another_column(tmp_path, caplog):

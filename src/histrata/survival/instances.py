@@ -238,7 +238,7 @@ class _Room:
     """An array to write to, in memory or in a file."""
 
     def __init__(self, values: NDArray[np.floating], file: Path | None = None, mapped: mmap.mmap | None = None) -> None:
-        self.values, self._file, self._mapped, self._written = values, file, mapped, 0
+        self.values, self._file, self._mapped = values, file, mapped
 
     def release(self) -> None:
         """Let go of the pages that were touched: they are in the file, and need not be in this process."""
