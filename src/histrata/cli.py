@@ -315,13 +315,18 @@ Checkpoints = Annotated[
 
 def _model_options(pairs: list[str]) -> dict[str, Any]:
     """Turn key=value pairs into a dictionary; values are read as YAML."""
-    options = {}
+    return {key: yaml.safe_load(value) for key, value in _pairs("--model-option", pairs, "depth=4").items()}
+
+
+def _pairs(option: str, pairs: list[str], such_as: str = "stain=HE") -> dict[str, str]:
+    """Turn key=value pairs into a dictionary of text."""
+    chosen = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise HistrataError(f"--model-option '{pair}' has no '='; write it as key=value, such as depth=4")
-        options[key] = yaml.safe_load(value)
-    return options
+            raise HistrataError(f"{option} '{pair}' has no '='; write it as key=value, such as {such_as}")
+        chosen[key] = value
+    return chosen
 
 
 def _m2ost_options(given: dict[str, Any], cache: Path) -> M2OSTOptions:
@@ -499,10 +504,28 @@ def m2ost_predict(
 
 
 Patients = Annotated[Path, typer.Argument(help="The patient sheet (TSV).")]
-Embeddings = Annotated[list[Path], typer.Argument(help="Result folders of the slides, with embedding.h5ad.")]
+Embeddings = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Result folders of the slides, with embedding.h5ad (expression.h5ad for --rna predicted)."),
+]
 Covariates = Annotated[
     list[str] | None, typer.Option("--covariate", help="Column of the sheet to use; default: all of them.")
 ]
+Instances = Annotated[
+    Path | None,
+    typer.Option(
+        help="Instances in place of the slides' embeddings: .npz, .h5, .h5ad, .csv or .tsv, or a folder of "
+        "TRIDENT or CLAM features."
+    ),
+]
+InstancesWhere = Annotated[
+    list[str], typer.Option(help="Take only the instances whose column has this value, such as stain=HE.")
+]
+Rna = Annotated[
+    str | None, typer.Option(help="RNA of the patients (table or .h5ad), or predicted: what M2OST predicted.")
+]
+GeneSets = Annotated[Path | None, typer.Option(help="Gene sets: GMT, or a table with a column for each.")]
+Site = Annotated[str | None, typer.Option(help="Column of the sheet that names where a patient was treated.")]
 Components = Annotated[int, typer.Option(min=1, help="Principal components of the mean embedding.")]
 Penalizer = Annotated[float, typer.Option(min=0, help="Strength of the ridge of the Cox model.")]
 
@@ -510,9 +533,14 @@ Penalizer = Annotated[float, typer.Option(min=0, help="Strength of the ridge of 
 @survival.command("evaluate")
 def survival_evaluate(
     patients: Patients,
-    slides: Embeddings,
+    slides: Embeddings = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/survival"),
     covariates: Covariates = None,
+    instances: Instances = None,
+    instances_where: InstancesWhere = [],  # noqa: B006
+    rna: Rna = None,
+    gene_sets: GeneSets = None,
+    site: Site = None,
     folds: Annotated[int, typer.Option(min=2, help="Number of folds by patient.")] = 5,
     components: Components = 10,
     penalizer: Penalizer = 0.1,
@@ -523,14 +551,21 @@ def survival_evaluate(
     Writes evaluation.tsv, summary.tsv, cohort.h5ad and kaplan_meier.png into the output folder.
 
     Example: histrata survival evaluate config/patients.tsv results/slides/*
+
+    Example: histrata survival evaluate patients.tsv --instances bags.npz --rna rna.csv --gene-sets sets.gmt
     """
     from histrata.survival.steps import evaluate
 
     evaluate(
         patients,
-        [SlideFolder(slide).embedding for slide in slides],
+        [SlideFolder(slide).embedding for slide in slides or []],
         out,
         covariates=covariates,
+        instances=instances,
+        instances_where=_pairs("--instances-where", instances_where),
+        rna=rna,
+        gene_sets=gene_sets,
+        site=site,
         folds=folds,
         components=components,
         penalizer=penalizer,
@@ -541,10 +576,15 @@ def survival_evaluate(
 @survival.command("train")
 def survival_train(
     patients: Patients,
-    slides: Embeddings,
+    slides: Embeddings = None,
     out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("results/survival/model"),
     summary: Annotated[Path | None, typer.Option(help="summary.tsv: figures for the card.")] = None,
     covariates: Covariates = None,
+    instances: Instances = None,
+    instances_where: InstancesWhere = [],  # noqa: B006
+    rna: Rna = None,
+    gene_sets: GeneSets = None,
+    site: Site = None,
     components: Components = 10,
     penalizer: Penalizer = 0.1,
 ) -> None:
@@ -556,10 +596,15 @@ def survival_train(
 
     train(
         patients,
-        [SlideFolder(slide).embedding for slide in slides],
+        [SlideFolder(slide).embedding for slide in slides or []],
         out,
         summary=summary,
         covariates=covariates,
+        instances=instances,
+        instances_where=_pairs("--instances-where", instances_where),
+        rna=rna,
+        gene_sets=gene_sets,
+        site=site,
         components=components,
         penalizer=penalizer,
     )

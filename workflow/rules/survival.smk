@@ -1,7 +1,8 @@
 rule survival_evaluate:
     input:
         patients=PATIENTS or [],
-        embeddings=embeddings,
+        slides=survival_slides,
+        files=list(SURVIVAL.values()),
     output:
         evaluation="results/survival/evaluation.tsv",
         summary=report(
@@ -26,8 +27,8 @@ rule survival_evaluate:
         mem_mb=8000,
         runtime=120,
     params:
-        folders=accepted_folders,
-        options=flags(config["survival"]),
+        folders=survival_folders,
+        options=survival_flags(),
     shell:
         "histrata survival evaluate {input.patients:q} {params.folders:q} --out results/survival {params.options} > {log:q} 2>&1"
 
@@ -35,7 +36,8 @@ rule survival_evaluate:
 rule survival_train:
     input:
         patients=PATIENTS or [],
-        embeddings=embeddings,
+        slides=survival_slides,
+        files=list(SURVIVAL.values()),
         summary="results/survival/summary.tsv",
     output:
         directory("results/survival/model"),
@@ -50,7 +52,7 @@ rule survival_train:
         mem_mb=8000,
         runtime=60,
     params:
-        folders=accepted_folders,
-        options=flags(config["survival"], leave_out=("folds", "seed")),
+        folders=survival_folders,
+        options=survival_flags(leave_out=("folds", "seed")),
     shell:
         "histrata survival train {input.patients:q} {params.folders:q} --out {output:q} --summary {input.summary:q} {params.options} > {log:q} 2>&1"

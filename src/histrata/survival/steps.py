@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from histrata.errors import HistrataError
 from histrata.files import SCHEMA_VERSION, provenance, whole, write_tsv
 from histrata.folds import make_patient_folds
-from histrata.sheets import read_patients
-from histrata.survival.cohort import Cohort, read_cohort
+from histrata.survival.cohort import Cohort
 from histrata.survival.cox import CoxFit, CoxModel, cox_methods, save_cox
 from histrata.survival.evaluation import Evaluation, evaluate_survival
 from histrata.survival.figures import draw_kaplan_meier, logrank_p
+from histrata.survival.inputs import Inputs
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,11 @@ def evaluate(
     out: Path,
     *,
     covariates: Sequence[str] | None = None,
+    instances: Path | None = None,
+    instances_where: Mapping[str, str] | None = None,
+    rna: str | Path | None = None,
+    gene_sets: Path | None = None,
+    site: str | None = None,
     folds: int = 5,
     components: int = 10,
     penalizer: float = 0.1,
@@ -46,8 +51,8 @@ def evaluate(
         `embedding.h5ad` of each slide.
     out
         Folder to write to.
-    covariates
-        Columns of the sheet to use; all of them when None.
+    covariates, instances, instances_where, rna, gene_sets, site
+        See `Inputs`. Instances that are too many for memory are written to the folder `bags` of `out`.
     folds
         Number of folds, by patient (see `make_patient_folds`).
     components, penalizer
@@ -55,16 +60,16 @@ def evaluate(
     seed
         Of the folds and of the bootstrap.
     """
-    cohort = read_cohort(read_patients(patients), embeddings, covariates)
-    parameters = {"covariates": list(cohort.covariates), "folds": folds, "components": components}
-    parameters |= {"penalizer": penalizer, "seed": seed}
+    inputs = Inputs(patients, embeddings, covariates, instances, instances_where or {}, rna, gene_sets, site)
+    cohort = inputs.read(out / "bags")
+    parameters = {"folds": folds, "components": components, "penalizer": penalizer, "seed": seed}
     followed = cohort.followed()
     splits = make_patient_folds(followed.patients.reset_index(), folds, seed)
     methods, main = _methods(cohort, components, penalizer)
     times = _curve_times(followed)
     result = evaluate_survival(cohort, splits, methods, times=times, seed=seed)
     table = cohort_table(cohort, result, main, methods[main](followed), times)
-    table.uns["histrata"] = {"provenance": json.dumps(_provenance(cohort, patients, parameters))}
+    table.uns["histrata"] = {"provenance": json.dumps(_provenance(cohort, inputs, parameters))}
     write_tsv(result.table, out / "evaluation.tsv")
     write_tsv(result.summary, out / "summary.tsv")
     with whole(out / "cohort.h5ad") as part:
@@ -81,6 +86,11 @@ def train(
     *,
     summary: Path | None = None,
     covariates: Sequence[str] | None = None,
+    instances: Path | None = None,
+    instances_where: Mapping[str, str] | None = None,
+    rna: str | Path | None = None,
+    gene_sets: Path | None = None,
+    site: str | None = None,
     components: int = 10,
     penalizer: float = 0.1,
 ) -> None:
@@ -90,22 +100,23 @@ def train(
 
     Parameters
     ----------
-    patients, embeddings, covariates, components, penalizer
-        As for `evaluate`.
+    patients, embeddings, covariates, instances, instances_where, rna, gene_sets, site, components, penalizer
+        As for `evaluate`; the folder `bags` lies beside `out`.
     out
         Folder of the model.
     summary
         `summary.tsv` of `evaluate`, whose figures go into the card.
     """
-    cohort = read_cohort(read_patients(patients), embeddings, covariates)
+    inputs = Inputs(patients, embeddings, covariates, instances, instances_where or {}, rna, gene_sets, site)
+    cohort = inputs.read(out.parent / "bags")
     model, main = train_survival(cohort, components, penalizer)
     followed = cohort.followed()
-    parameters = {"covariates": list(cohort.covariates), "components": components, "penalizer": penalizer}
+    parameters = {"components": components, "penalizer": penalizer}
     config = {
         "method": main,
         "n_patients": len(followed),
         "n_events": int(followed.event.sum()),
-        "provenance": _provenance(cohort, patients, parameters),
+        "provenance": _provenance(cohort, inputs, parameters),
     }
     figures = pd.read_csv(summary, sep="\t") if summary else None
     with whole(out) as part:
@@ -191,11 +202,8 @@ def _curve_times(followed: Cohort) -> NDArray[np.float64]:
     return np.unique(np.quantile(followed.time[followed.event], np.linspace(0.1, 0.9, 9)))
 
 
-def _provenance(cohort: Cohort, patients: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    inputs = {"patients": patients}
-    for slide, path in zip(cohort.slides["slide_id"], cohort.slides["path"], strict=True):
-        inputs[f"embedding/{slide}"] = path
-    return provenance(parameters, inputs)
+def _provenance(cohort: Cohort, inputs: Inputs, parameters: dict[str, Any]) -> dict[str, Any]:
+    return provenance(inputs.parameters(cohort) | parameters, inputs.files(cohort))
 
 
 def _card(followed: Cohort, model: CoxModel, main: str, figures: pd.DataFrame | None) -> str:
