@@ -49,6 +49,9 @@ patients:
 - a proxy loss that is a likelihood (`proxy="compatible"`): the share of the patient's mixture that its outcome allows.
   A censored patient is compatible with all prototypes of its bin and of later ones, and not pushed away from them;
 - patients censored within a bin survive the part of it that they were seen in (`partial_bins`);
+- *most instances say nothing* (`sparsity_weight`): instances of a bag drawn at random are asked to resemble all
+  prototypes alike. Without it, an embedding in which what all tumours have in common lies near the prototypes of low
+  risk orders patients as well as any, and what is selected of a patient at low risk is then everything but a reason;
 - in training, one modality of a patient who has all is left out now and then, so that the model answers from each.
 """
 
@@ -79,6 +82,9 @@ from histrata.survival.networks import (
     chunks,
     seeded,
 )
+
+RANDOM_INSTANCES = 32
+"""Instances of a bag of which `sparsity_weight` asks to say little."""
 
 _CHOICES = {
     "head": HEADS,
@@ -137,10 +143,12 @@ class PIBDConfig:
     modality_dropout
         Share of the patients with all modalities of whom one is left out in training.
     samples
-        Samples of each prototype that the bottleneck's decoder sees in training; with 0, it sees the means, and the joint
-        token is not drawn from its distribution, either.
+        Samples of each prototype that the bottleneck's decoder sees in training; with 0, it sees the means, and
+        nothing else is drawn, either: not the joint token, nor instances for `sparsity_weight`.
     proxy_weight, decoder_weight, divergence_weight, information_weight
         Weights of the terms of the loss: gamma, alpha, beta and lambda of the paper.
+    sparsity_weight
+        Weight of what an instance that is drawn at random says of the outcome (published: 0).
 
     Raises
     ------
@@ -174,6 +182,7 @@ class PIBDConfig:
     decoder_weight: float = 0.1
     divergence_weight: float = 0.01
     information_weight: float = 0.1
+    sparsity_weight: float = 0.0
 
     def __post_init__(self) -> None:
         # What JSON gives back as lists.
@@ -221,6 +230,11 @@ def _check_value(name: str, value: Any, kind: type) -> None:
         raise HistrataError(f"{name} is 0, where more is expected")
 
 
+def _index(bag: Bag, rows: Tensor) -> Any:
+    """Return rows as what indexes the bag."""
+    return rows.to(bag.device) if isinstance(bag, Tensor) else rows.cpu().numpy()
+
+
 class Outputs(NamedTuple):
     """What PIBD tells of n patients, from M modalities with P prototypes each.
 
@@ -237,6 +251,9 @@ class Outputs(NamedTuple):
         bool (n, M).
     common, specific
         (n, dim), (n, M, dim): what the modalities share, and what each adds.
+    evidence
+        (n,): how far from uniform the mixture is of an instance drawn at random, in nats, mean over draws; 0 without
+        histology, and where it is not trained for.
     """
 
     logits: Tensor
@@ -246,6 +263,7 @@ class Outputs(NamedTuple):
     present: Tensor
     common: Tensor
     specific: Tensor
+    evidence: Tensor
 
 
 class PathwayTokens(nn.Module):
@@ -509,7 +527,22 @@ class PIBD(SurvivalNetwork):
         embedding = self.hidden(torch.cat([common, *specific], dim=1))
         logits = self.head(functional.dropout(embedding, self.config.dropout, self.training))
         stacked = (torch.stack(parts, dim=1) for parts in (similarity, assignment))
-        return Outputs(logits, embedding, *stacked, present, common, torch.stack(specific, dim=1))
+        evidence = self._evidence(inputs)
+        return Outputs(logits, embedding, *stacked, present, common, torch.stack(specific, dim=1), evidence)
+
+    def _evidence(self, inputs: Inputs) -> Tensor:
+        """Return what some instances of each bag, drawn at random, say of the outcome, (n,)."""
+        evidence = torch.zeros(len(inputs), device=self.device)
+        drawn = [i for i, bag in enumerate(inputs.bags or ()) if len(bag)]
+        if not (self.training and self.config.samples and self.config.sparsity_weight and drawn):
+            return evidence
+        bags = [inputs.bags[i] for i in drawn]  # type: ignore[index]
+        rows = [torch.randint(len(bag), (RANDOM_INSTANCES,)) for bag in bags]
+        picked = [as_instances(bag[_index(bag, row)], self.device) for bag, row in zip(bags, rows, strict=True)]
+        bottleneck: Any = self.bottlenecks["histology"]
+        weights = (bottleneck.compare(self.encoder(torch.stack(picked))) / bottleneck.temperature).log_softmax(dim=-1)
+        nats = (weights.exp() * weights).sum(dim=-1) + math.log(self.config.n_prototypes)
+        return evidence.index_copy(0, torch.tensor(drawn, device=self.device), nats.mean(dim=1))
 
     def _tokens(self, inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return for each modality tokens (n, m, dim), which of them there are (n, m), and how many count (n,)."""
@@ -568,8 +601,7 @@ class PIBD(SurvivalNetwork):
             joined, at = torch.cat([best, values], dim=1), torch.cat([rows.to(index), start + index], dim=1)
             best, index = joined.topk(min(k, joined.shape[1]), dim=1)
             rows, start = at.gather(1, index), start + len(chunk)
-        unique = rows.unique().cpu()
-        return unique.to(bag.device) if isinstance(bag, Tensor) else unique.numpy()
+        return _index(bag, rows.unique())
 
     @torch.no_grad()
     def select(self, bag: Bag) -> Tensor:
@@ -605,6 +637,7 @@ class PIBD(SurvivalNetwork):
             "proxy": config.proxy_weight * self._proxy(outputs, labels),
             "decoder": config.decoder_weight * sum(nll),
             "divergence": config.divergence_weight * sum(divergence),
+            "sparsity": config.sparsity_weight * outputs.evidence.mean(),
         }
 
     def _proxy(self, outputs: Outputs, labels: Labels) -> Tensor:
@@ -654,11 +687,13 @@ def pibd(seed: int = 0, **config: Any) -> PIBD:
         "proxy": "compatible",
         "partial_bins": True,
         "event_weight": 0.0,
+        "temperature": 0.2,
         "dropout": 0.3,
         "gene_dropout": 0.3,
         "modality_dropout": 0.3,
         "samples": 8,
         "proxy_weight": 0.5,
+        "sparsity_weight": 2.0,
     }
     with seeded(seed):
         return PIBD(make_config(PIBDConfig, config, **ours))
