@@ -19,6 +19,7 @@ from histrata.survival.cohort import Cohort
 from histrata.survival.hazards import Bins, breslow, cox_nll, hazard_nll, hazard_risk
 from histrata.survival.networks import CHUNK, Inputs, Standardise
 from histrata.survival.pibd import MutualInformation, PIBDConfig
+from histrata.survival.prototypes import fit_prototypes
 from histrata.survival.training import TrainingOptions, fit_network, load_network, save_network, train_step
 
 torch.set_num_threads(1)
@@ -61,16 +62,14 @@ def cohort_of(time, event, bags=None, rna=None, sets=None):
 
 
 def planted(n=150, seed=0, effect=1.5, true=6, size=40, gene_effect=0.0):
-    """Bags in which `true` of `size` instances follow the hazard; the others are the same for everyone."""
+    """Bags in which `true` of `size` instances show the risk group; the others are the same for everyone."""
     rng = np.random.default_rng(seed)
-    z = rng.normal(size=n)
-    other = rng.normal(size=n)
+    z, other = rng.choice([-1.0, 1.0], size=n), rng.normal(size=n)
+    looks = 5 * np.linalg.qr(rng.normal(size=(D, 2)))[0].T
     bags, which = [], []
     for i in range(n):
-        x = rng.normal(size=(size, D))
-        rows = rng.permutation(size)[:true]
-        x[rows, 0] += 3 * z[i]
-        x[rows, 1] += 3
+        x, rows = rng.normal(size=(size, D)), rng.permutation(size)[:true]
+        x[rows] += looks[int(z[i] > 0)]
         bags.append(x)
         which.append(rows)
     rna = rng.normal(size=(n, GENES))
@@ -494,7 +493,7 @@ def test_large_bags_are_drawn_from_in_training(cohort):
 
 def test_a_planted_signal_is_found():
     cohort, which = planted(200, gene_effect=1.0)
-    options = TrainingOptions(epochs=40, batch_size=32, learning_rate=3e-3, bins=4, model_options=FITTED)
+    options = TrainingOptions(epochs=40, learning_rate=1e-2, weight_decay=1.0, model_options=FITTED)
     train, test = half(cohort, True), half(cohort, False)
     model = fit_network(train, 0, options)
     c = {}
@@ -528,4 +527,43 @@ def test_noise_gives_no_signal(name):
     options = TrainingOptions(name, epochs=6, model_options=FITTED if name.startswith("pibd") else {})
     model, test = fit_network(half(cohort, True), 0, options), half(cohort, False)
     # Three standard errors of a c-index of 200 patients.
+    assert abs(concordance_index(test.time, -model.risk(test), test.event) - 0.5) < 0.09
+
+
+# --- unsupervised prototypes ----------------------------------------------------------------------
+
+
+def test_unsupervised_prototypes_find_a_planted_signal_and_share_out_their_risk():
+    cohort, _ = planted(160, true=10)
+    train, test = half(cohort, True), half(cohort, False)
+    model = fit_prototypes(train, 1, prototypes=4)
+    assert concordance_index(test.time, -model.risk(test), test.event) > 0.65
+    assert model.survival(test, [0.5, 1.0]).shape == (80, 2)
+    assert model.cut == np.median(model.risk(train))
+    np.testing.assert_allclose(model.embedding(test).sum(axis=1), 1, rtol=1e-5)
+    # What the instances of a bag add sums to its risk, up to what all patients have in common.
+    told = [model.explain(test.bags[i]) for i in range(80)]
+    rest = model.risk(test) - np.array([contribution.sum() for contribution, _ in told])
+    np.testing.assert_allclose(rest, rest[0], atol=1e-4)
+    x = (test.bags[0].astype(float) - model.mean) / model.scale
+    np.testing.assert_array_equal(told[0][1], model.mixture.predict(x))
+    np.testing.assert_array_equal(fit_prototypes(train, 1, prototypes=4).risk(test), model.risk(test))
+
+
+def test_a_patient_without_instances_gets_the_mean_of_the_others():
+    cohort, _ = planted(60)
+    bags = [cohort.bags[i][: i % 3] for i in range(60)]
+    odd = replace(cohort, bags=Bags.of(bags, cohort.bags.features))
+    risk = fit_prototypes(odd, 0, prototypes=2).risk(odd)
+    assert np.isfinite(risk).all()
+    assert len(np.unique(risk[::3])) == 1
+    with pytest.raises(HistrataError, match="no instances"):
+        fit_prototypes(replace(cohort, bags=None), 0)
+    with pytest.raises(TableError, match="embed the slides"):
+        fit_prototypes(cohort, 0, prototypes=2).risk(replace(odd, bags=Bags.of([[]] * 60, ["a"])))
+
+
+def test_noise_gives_unsupervised_prototypes_no_signal():
+    cohort, _ = planted(400, effect=0.0)
+    model, test = fit_prototypes(half(cohort, True), 0, prototypes=4), half(cohort, False)
     assert abs(concordance_index(test.time, -model.risk(test), test.event) - 0.5) < 0.09
