@@ -20,6 +20,8 @@ from histrata.folders import SlideFolder
 
 if TYPE_CHECKING:
     from histrata.expression.training import M2OSTOptions
+    from histrata.survival.inputs import Inputs as SurvivalInputs
+    from histrata.survival.plan import SurvivalOptions
 
 app = typer.Typer(
     name="histrata",
@@ -526,8 +528,41 @@ Rna = Annotated[
 ]
 GeneSets = Annotated[Path | None, typer.Option(help="Gene sets: GMT, or a table with a column for each.")]
 Site = Annotated[str | None, typer.Option(help="Column of the sheet that names where a patient was treated.")]
-Components = Annotated[int, typer.Option(min=1, help="Principal components of the mean embedding.")]
-Penalizer = Annotated[float, typer.Option(min=0, help="Strength of the ridge of the Cox model.")]
+BasicCovariates = Annotated[
+    list[str] | None,
+    typer.Option("--basic-covariate", help="Column of a baseline with few covariates; default: age and sex."),
+]
+SurvivalModelName = Annotated[
+    Literal["pibd", "pibd_reference", "attention_mil", "cox"],
+    typer.Option("--model", help="PIBD, as recommended or as published; attention over instances; or ridge Cox."),
+]
+Head = Annotated[
+    Literal["hazards", "cox"], typer.Option(help="The network tells hazards of bins of time, or one risk.")
+]
+Bins = Annotated[int, typer.Option(min=1, help="Bins of time, from quantiles of the training patients' events.")]
+SurvivalEpochs = Annotated[int, typer.Option("--epochs", min=1, help="Times that every patient is seen.")]
+PatientsAStep = Annotated[int, typer.Option("--batch-size", min=1, help="Patients in a step.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Networks of so many seeds speak together.")]
+Components = Annotated[int, typer.Option(min=1, help="Principal components of the mean embedding, for Cox.")]
+RnaComponents = Annotated[int, typer.Option(min=1, help="Principal components of RNA, for Cox.")]
+Penalizer = Annotated[float, typer.Option(min=0, help="Strength of the ridge of the Cox models.")]
+
+
+def _survival_inputs(given: dict[str, Any]) -> SurvivalInputs:
+    """Pick what `Inputs` takes out of the arguments of a command."""
+    from histrata.survival.inputs import Inputs
+
+    chosen = {field.name: given[field.name] for field in fields(Inputs) if field.name in given}
+    chosen["embeddings"] = [SlideFolder(slide).embedding for slide in given["slides"] or []]
+    return Inputs(**chosen, where=_pairs("--instances-where", given["instances_where"]))
+
+
+def _survival_options(given: dict[str, Any]) -> SurvivalOptions:
+    """Pick what `SurvivalOptions` takes out of the arguments of a command."""
+    from histrata.survival.plan import SurvivalOptions
+
+    chosen = {field.name: given[field.name] for field in fields(SurvivalOptions) if field.name in given}
+    return SurvivalOptions(**chosen, model_options=_model_options(given["model_option"]))
 
 
 @survival.command("evaluate")
@@ -536,19 +571,41 @@ def survival_evaluate(
     slides: Embeddings = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/survival"),
     covariates: Covariates = None,
+    basic_covariates: BasicCovariates = None,
     instances: Instances = None,
     instances_where: InstancesWhere = [],  # noqa: B006
     rna: Rna = None,
     gene_sets: GeneSets = None,
     site: Site = None,
-    folds: Annotated[int, typer.Option(min=2, help="Number of folds by patient.")] = 5,
+    model: SurvivalModelName = "pibd",
+    model_option: ModelOption = [],  # noqa: B006
+    head: Head = "hazards",
+    bins: Bins = 4,
+    epochs: SurvivalEpochs = 30,
+    batch_size: PatientsAStep = 32,
+    learning_rate: LearningRate = 1e-3,
+    weight_decay: WeightDecay = 0.05,
+    seeds: Seeds = 3,
     components: Components = 10,
+    rna_components: RnaComponents = 30,
     penalizer: Penalizer = 0.1,
+    controls: Annotated[bool, typer.Option(help="Fit the model with each modality shuffled, too.")] = True,
+    folds: Annotated[int, typer.Option(min=2, help="Number of folds by patient.")] = 5,
+    given_folds: Annotated[
+        Path | None, typer.Option(help="Folds of your own: a table (fold, patient_id), or a folder of splits_*.csv.")
+    ] = None,
+    horizons: Annotated[
+        list[float], typer.Option("--horizon", help="Time of AUC and calibration; default: quartiles of the events.")
+    ] = [],  # noqa: B006
+    tau: Annotated[
+        float | None, typer.Option(help="End of the time that Uno's c looks at; default: from training events.")
+    ] = None,
     seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
-    """Cross-validate survival by patient, beside its baselines; write the cohort table.
+    """Cross-validate survival by patient, beside its baselines and controls; write the cohort table.
 
-    Writes evaluation.tsv, summary.tsv, cohort.h5ad and kaplan_meier.png into the output folder.
+    Writes evaluation.tsv, summary.tsv, calibration.tsv, cohort.h5ad, kaplan_meier.png and spots/.
 
     Example: histrata survival evaluate config/patients.tsv results/slides/*
 
@@ -556,19 +613,15 @@ def survival_evaluate(
     """
     from histrata.survival.steps import evaluate
 
+    given = locals()
     evaluate(
-        patients,
-        [SlideFolder(slide).embedding for slide in slides or []],
+        _survival_inputs(given),
         out,
-        covariates=covariates,
-        instances=instances,
-        instances_where=_pairs("--instances-where", instances_where),
-        rna=rna,
-        gene_sets=gene_sets,
-        site=site,
+        _survival_options(given),
         folds=folds,
-        components=components,
-        penalizer=penalizer,
+        given_folds=given_folds,
+        horizons=horizons,
+        tau=tau,
         seed=seed,
     )
 
@@ -585,8 +638,19 @@ def survival_train(
     rna: Rna = None,
     gene_sets: GeneSets = None,
     site: Site = None,
+    model: SurvivalModelName = "pibd",
+    model_option: ModelOption = [],  # noqa: B006
+    head: Head = "hazards",
+    bins: Bins = 4,
+    epochs: SurvivalEpochs = 30,
+    batch_size: PatientsAStep = 32,
+    learning_rate: LearningRate = 1e-3,
+    weight_decay: WeightDecay = 0.05,
+    seeds: Seeds = 3,
     components: Components = 10,
+    rna_components: RnaComponents = 30,
     penalizer: Penalizer = 0.1,
+    device: Device = "auto",
 ) -> None:
     """Fit the survival model on every patient with follow-up.
 
@@ -594,20 +658,28 @@ def survival_train(
     """
     from histrata.survival.steps import train
 
-    train(
-        patients,
-        [SlideFolder(slide).embedding for slide in slides or []],
-        out,
-        summary=summary,
-        covariates=covariates,
-        instances=instances,
-        instances_where=_pairs("--instances-where", instances_where),
-        rna=rna,
-        gene_sets=gene_sets,
-        site=site,
-        components=components,
-        penalizer=penalizer,
-    )
+    given = locals()
+    train(_survival_inputs(given), out, _survival_options(given), summary=summary)
+
+
+@survival.command("predict")
+def survival_predict(
+    patients: Patients,
+    slides: Embeddings = None,
+    model: Annotated[Path, typer.Option(help="Folder of a trained model.")] = Path("results/survival/model"),
+    out: Annotated[Path, typer.Option(help="Table to write (TSV).")] = Path("results/survival/predicted.tsv"),
+    instances: Instances = None,
+    instances_where: InstancesWhere = [],  # noqa: B006
+    rna: Rna = None,
+    gene_sets: GeneSets = None,
+) -> None:
+    """Predict the patients of a sheet, from whatever is known of them; their follow-up may be empty.
+
+    Example: histrata survival predict new/patients.tsv new/slides/* --model results/survival/model
+    """
+    from histrata.survival.steps import predict
+
+    predict(_survival_inputs(locals()), model, out)
 
 
 @app.command()

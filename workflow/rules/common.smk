@@ -50,7 +50,9 @@ FOLDS = (
 SURVIVAL = {
     key: of_config(value)
     for key, value in config["survival"].items()
-    if key in ("instances", "rna", "gene_sets") and value and value != "predicted"
+    if key in ("instances", "rna", "gene_sets", "given_folds")
+    and value
+    and value != "predicted"
 }
 PREDICTED_RNA = config["survival"]["rna"] == "predicted"
 if (
@@ -74,8 +76,17 @@ for key, path in {
             f"{CONFIG_FILE}: {key} is {path}, which is not there; correct the path, or leave the key out"
         )
 
-# What concerns the evaluation of M2OST, and not its training.
+# What concerns the evaluation of M2OST, and of survival, and not its training.
 EVALUATED = ("folds", "k", "controls", "single_level", "serial")
+SURVIVAL_EVALUATED = (
+    "basic_covariates",
+    "controls",
+    "folds",
+    "given_folds",
+    "horizons",
+    "tau",
+    "seed",
+)
 GPU = int(config["device"].startswith("cuda"))
 
 
@@ -281,7 +292,9 @@ def survival_results(wildcards):
         "evaluation.tsv",
         "summary.tsv",
         "cohort.h5ad",
+        "calibration.tsv",
         "kaplan_meier.png",
+        "spots",
         "model",
     )
     return [f"results/survival/{name}" for name in names]

@@ -29,7 +29,7 @@ _README = """\
 A demonstration cohort for survival, made by `histrata demo-data --survival`. Nothing in it was measured.
 
 patients.tsv       made-up follow-up in months, age, sex, stage, and the site that a patient came from
-instances.npz      features (n, 32) and patient_id (n,): every patient's bag of instances
+instances.npz      features (n, 32), patient_id (n,), instance_id (n,): every patient's bag of instances
 rna.tsv.gz         patients x genes
 gene_sets.gmt      gene sets, one of which the hazard follows
 truth/             what all of it was made from
@@ -77,7 +77,8 @@ def write_cohort(folder: Path, patients: int = 240, seed: int = 0) -> None:
     with whole(folder) as part:
         (part / "truth").mkdir(parents=True)
         write_tsv(sheet, part / "patients.tsv")
-        np.savez(part / "instances.npz", features=features, patient_id=owners)
+        rows = np.arange(len(owners))
+        np.savez(part / "instances.npz", features=features, patient_id=owners, instance_id=rows)
         text = rna.set_axis(ids, axis=0).rename_axis("patient_id").round(4).to_csv(sep="\t")
         # Without a time stamp in the header the same table is the same bytes.
         (part / "rna.tsv.gz").write_bytes(gzip.compress(text.encode(), mtime=0))

@@ -23,7 +23,7 @@ from histrata.survival.text import tell
 log = logging.getLogger(__name__)
 
 # Columns that cohort.h5ad writes itself; a covariate of the same name would overwrite one of them.
-RESERVED = ("subject_id", "n_slides", "n_spots", "followed", "fold", "risk", "risk_group")
+RESERVED = ("subject_id", "n_slides", "n_spots", "has_rna", "followed", "fold", "risk", "risk_group")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class Cohort:
     def subject_of(self) -> dict[str, str]:
         """Map each patient to its subject."""
         return dict(zip(self.patients.index, self.patients["subject_id"], strict=True))
+
+    @property
+    def has_rna(self) -> NDArray[np.bool_]:
+        """Whether there is any RNA of the patient, bool (patients,)."""
+        return np.zeros(len(self), bool) if self.rna is None else np.isfinite(self.rna).any(axis=1)
 
     def take(self, patient_ids: Sequence[str]) -> Cohort:
         """Return the cohort of these patients alone."""

@@ -47,7 +47,8 @@ n_test / n_train for J folds (1.5 for 5): without it, models of noise were calle
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +79,7 @@ from histrata.survival.metrics import (
 )
 
 Array = NDArray[np.float64]
+Watch = Callable[[str, str, Sequence[SurvivalModel], Sequence[str]], None]
 
 LOWER_IS_BETTER = ("integrated_brier",)
 KINDS = {"constant": BASELINE, "covariates": BASELINE, "mean_pool": BASELINE}
@@ -130,6 +132,7 @@ def evaluate_survival(
     replicates: int = 1000,
     horizons: Sequence[float] | None = None,
     tau: float | None = None,
+    watch: Watch | None = None,
 ) -> Evaluation:
     """Fit every method on each fold's training patients and judge it on the held-out ones.
 
@@ -152,6 +155,8 @@ def evaluate_survival(
         Times of the AUC and of calibration; quartiles of the observed event times when None.
     tau
         End of the time that Uno's c and the Brier score look at; from each fold's training patients when None.
+    watch
+        Called after each fit with the method, the fold, its models of all seeds, and the held-out patients.
 
     Raises
     ------
@@ -166,7 +171,9 @@ def evaluate_survival(
     judged = {}
     for name, given in methods.items():
         method = _method(name, given)
-        held = pd.concat([_hold_out(cohort, fold, method, seeds, times, at, tau) for fold in folds], ignore_index=True)
+        seen = None if watch is None else partial(watch, name)
+        parts = [_hold_out(cohort, fold, method, seeds, times, at, tau, seen) for fold in folds]
+        held = pd.concat(parts, ignore_index=True)
         held.insert(0, "method", name)
         judged[name] = _Judged(held, method.kind, at, replicates, seed)
     return Evaluation(
@@ -214,6 +221,7 @@ def _hold_out(
     times: ArrayLike,
     horizons: Sequence[float],
     tau: float | None,
+    watch: Callable[[str, Sequence[SurvivalModel], Sequence[str]], None] | None = None,
 ) -> pd.DataFrame:
     """Fit on the training side with each seed; predict the test side with their ensemble and with each of them."""
     train, test = cohort.take(fold.train).followed(), cohort.take(fold.test).followed()
@@ -221,7 +229,10 @@ def _hold_out(
         raise HistrataError(
             f"Fold '{fold.name}' holds out no patient with follow-up; make the folds of the patients with follow-up."
         )
-    models = [_Remembering(method.fit(train, seed)) for seed in (seeds if method.draws else seeds[:1])]
+    fitted = [method.fit(train, seed) for seed in (seeds if method.draws else seeds[:1])]
+    if watch is not None:
+        watch(fold.name, fitted, list(test.patients.index))
+    models = [_Remembering(model) for model in fitted]
     voices: dict[str, SurvivalModel] = {_ENSEMBLE: ensemble(models, train)}
     if len(models) > 1:
         voices |= {str(seed): model for seed, model in zip(seeds, models, strict=True)}

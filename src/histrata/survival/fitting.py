@@ -14,8 +14,9 @@ from histrata.survival.cohort import Cohort
 class SurvivalModel(Protocol):
     """A fitted model."""
 
-    cut: float
-    """Median risk of the training patients: above it is the group `high`."""
+    @property
+    def cut(self) -> float:
+        """Median risk of the training patients: above it is the group `high`."""
 
     def risk(self, cohort: Cohort) -> NDArray[np.float64]:
         """Return what orders the patients, float64 (patients,): higher is worse."""

@@ -148,6 +148,14 @@ class NetworkModel:
         contribution, prototype = self.network.explain(instances)
         return contribution.numpy(), prototype.numpy()
 
+    def name_prototype(self, index: int) -> str | None:
+        """Name a prototype that `explain` gave by its number: an outcome and the bin of time that it stands for."""
+        if index < 0:
+            return None
+        outcome, of = ("event", index) if index < len(self.bins) else ("censored", index - len(self.bins))
+        start, end = self.bins.edges[of : of + 2]
+        return f"{outcome} at {start:.3g} to {end:.3g}"
+
     def _risk(self, logits: Array) -> Array:
         if self.network.config.head == "cox":
             return logits[:, 0]
