@@ -278,7 +278,7 @@ class PathwayTokens(nn.Module):
         super().__init__()
         sizes = np.array([len(one) for one in config.pathways])
         genes = np.concatenate([np.asarray(one, np.int64) for one in config.pathways])
-        own = config.pathway_encoder == "own"
+        self.own = own = config.pathway_encoder == "own"
         rows = np.arange(len(genes)) if own else genes
         for name, values in {"genes": genes, "rows": rows, "starts": np.cumsum(sizes) - sizes}.items():
             self.register_buffer(name, torch.from_numpy(values.astype(np.int64)), persistent=False)
@@ -296,21 +296,30 @@ class PathwayTokens(nn.Module):
         """Turn expression (n, genes), NaN where not known, into (n, pathways, dim)."""
         x = self.standardise(rna).nan_to_num(0.0).clamp(-10, 10)
         x = functional.dropout(x, self.gene_dropout, self.training)
-        # A sum over the members of each set of each patient, in one go.
-        n, members = len(x), len(self.genes)
-        starts = self.starts + members * torch.arange(n, device=x.device)[:, None]
-        tokens = functional.embedding_bag(
-            self.rows.repeat(n),
-            self.embedding,
-            starts.flatten(),
-            mode="sum",
-            per_sample_weights=x[:, self.genes].flatten(),
-        )
-        tokens = functional.elu(tokens.unflatten(0, (n, -1)) * self.scale + self.identity)
+        tokens = self._sum(x) if self.own else self._sum_shared(x)
+        tokens = functional.elu(tokens * self.scale + self.identity)
         tokens = functional.dropout(tokens, self.dropout, self.training)
-        if self.weight.ndim == 3:
+        if self.own:
             return torch.einsum("ngr,grd->ngd", tokens, self.weight) + self.bias
         return tokens @ self.weight + self.bias
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Sum the embeddings of each set's members, weighted by expression (n, genes), to (n, pathways, rank)."""
+        n, members = len(x), len(self.genes)
+        starts = (self.starts + members * torch.arange(n, device=x.device)[:, None]).flatten()
+        rows, weights = self.rows.repeat(n), x[:, self.genes].flatten()
+        tokens = functional.embedding_bag(rows, self.embedding, starts, mode="sum", per_sample_weights=weights)
+        return tokens.unflatten(0, (n, -1))
+
+    def _sum_shared(self, x: Tensor) -> Tensor:
+        """Do the same where a gene has one embedding: a sparse product, several times faster to go back through."""
+        sizes = torch.diff(self.starts, append=self.starts.new_tensor([len(self.genes)]))
+        index = torch.stack([torch.repeat_interleave(sizes), self.genes])
+        members = torch.sparse_coo_tensor(
+            index, torch.ones_like(x[0, self.genes]), (len(sizes), x.shape[1]), check_invariants=False
+        )
+        weighted = (x.T[:, :, None] * self.embedding[:, None]).flatten(1)
+        return torch.sparse.mm(members, weighted).unflatten(1, (len(x), -1)).transpose(0, 1)
 
 
 class Bottleneck(nn.Module):
