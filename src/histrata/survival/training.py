@@ -64,12 +64,12 @@ class TrainingOptions:
     model: str = "pibd"
     model_options: Mapping[str, Any] = field(default_factory=dict)
     modalities: tuple[str, ...] = MODALITIES
-    head: str = "hazards"
+    head: str = "cox"
     bins: int = 4
-    epochs: int = 30
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
+    epochs: int = 20
+    batch_size: int = 128
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.1
     estimator_rate: float = 1e-3
     clip: float = 1.0
     max_instances: int = 4096
@@ -304,7 +304,8 @@ def _learn(network: SurvivalNetwork, model: NetworkModel, train: Cohort, seed: i
     if estimator is not None:
         estimator.to(network.device)
         own = torch.optim.AdamW(estimator.parameters(), options.estimator_rate)
-    for _ in range(options.epochs):
+    for epoch in range(options.epochs):
+        network.progress = epoch / options.epochs
         for rows in np.array_split(rng.permutation(len(train)), n_steps):
             inputs = Inputs(
                 _draw(train.bags, rows, options.max_instances, rng) if model.features else None,
