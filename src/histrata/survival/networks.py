@@ -136,6 +136,9 @@ class SurvivalNetwork(nn.Module):
         """Return what a term of the loss needs to be estimated with, by an optimiser of its own; None without."""
         return None
 
+    def rate(self, outputs: Sequence[Any], risk: Tensor) -> None:
+        """Learn from the outputs and risks (n,) of the training patients, once fitted, what `explain` needs to know."""
+
     def explain(self, bag: Bag) -> tuple[Tensor, Tensor]:
         """Return what each instance adds to the risk, float32 (n,), and its prototype, int64 (n,), -1 without any."""
         raise NotImplementedError

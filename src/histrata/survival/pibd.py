@@ -72,7 +72,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention, softplu
 
 from histrata.errors import HistrataError
 from histrata.registry import make_config, register_model
-from histrata.survival.hazards import Labels, hazard_nll, hazard_risk
+from histrata.survival.hazards import Labels, hazard_nll
 from histrata.survival.networks import (
     HEADS,
     Bag,
@@ -398,12 +398,6 @@ class Bottleneck(nn.Module):
         divergence = 0.5 * (variance + self.mean.square() - 1 - variance.log()).sum(dim=1).mean()
         return nll, divergence
 
-    @torch.no_grad()
-    def risk(self) -> Tensor:
-        """Return the decoded risk of each prototype, (P,), less their mean."""
-        risk = hazard_risk(self.decoder(self.mean))
-        return risk - risk.mean()
-
 
 class Disentangling(nn.Module):
     """PID's transformer layer: tokens of a modality attend to themselves, the joint token to all."""
@@ -502,6 +496,8 @@ class MutualInformation(nn.Module):
 class PIBD(SurvivalNetwork):
     """The model; see the file's docstring."""
 
+    prototype_risk: Tensor
+
     def __init__(self, config: PIBDConfig) -> None:
         super().__init__()
         self.config = config
@@ -513,6 +509,7 @@ class PIBD(SurvivalNetwork):
         self.bottlenecks = nn.ModuleDict({name: Bottleneck(config) for name in config.modalities})
         self.disentangling = Disentangling(config)
         self.hidden = nn.Sequential(nn.Linear(parts * dim, dim), nn.ReLU())
+        self.register_buffer("prototype_risk", torch.zeros(config.n_prototypes))
         cox = config.head == "cox"
         # Cox is blind to what all risks have in common.
         self.head = nn.Linear(dim, 1 if cox else config.n_bins, bias=not cox)
@@ -632,17 +629,31 @@ class PIBD(SurvivalNetwork):
     def explain(self, bag: Bag) -> tuple[Tensor, Tensor]:
         """Return of each instance the risk of the prototypes that it resembles, and the one it resembles most.
 
-        The first is in units of the decoder's risk, above 0 where it speaks for more risk than the prototypes do on
-        average; prototypes are counted as `PIBDConfig.n_prototypes` says.
+        The first is in standard deviations of the training patients' risk (see `rate`), above 0 where it speaks for
+        more risk than the average patient has; prototypes are counted as `PIBDConfig.n_prototypes` says.
         """
         bottleneck: Any = self.bottlenecks["histology"]
-        risk, told = bottleneck.risk(), [(torch.zeros(0), torch.zeros(0, dtype=torch.int64))]
+        risk, told = self.prototype_risk, [(torch.zeros(0), torch.zeros(0, dtype=torch.int64))]
         for chunk in chunks(bag, self.device):
             cosine = bottleneck.compare(self.encoder(chunk, drop=False))
             weights = (cosine / self.config.temperature).softmax(dim=1)
             told.append(((weights @ risk).cpu(), cosine.argmax(dim=1).cpu()))
         contribution, prototype = (torch.cat(parts) for parts in zip(*told, strict=True))
         return contribution, prototype
+
+    @torch.no_grad()
+    def rate(self, outputs: Sequence[Outputs], risk: Tensor) -> None:
+        """Take as the risk of a prototype of histology that of the training patients who are assigned to it.
+
+        What the head makes of a prototype is for the head to say: the outcome that a prototype was drawn to may be read
+        the other way round.
+        """
+        if "histology" not in self.config.modalities:
+            return
+        weights = torch.cat([out.assignment[:, 0] for out in outputs])
+        standard = (risk - risk.mean()) / risk.std(unbiased=False).clamp(min=1e-9)
+        # One patient more, of average risk, for each prototype: few patients say little.
+        self.prototype_risk.copy_(weights.T @ standard.to(weights) / (weights.sum(dim=0) + 1))
 
     def losses(self, outputs: Outputs, labels: Labels) -> dict[str, Tensor]:
         """Return the terms of the loss but the mutual information, weighted."""

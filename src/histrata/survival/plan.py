@@ -49,12 +49,12 @@ class SurvivalOptions:
 
     model: str = "pibd"
     model_options: Mapping[str, Any] = field(default_factory=dict)
-    head: str = "hazards"
+    head: str = "cox"
     bins: int = 4
-    epochs: int = 30
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
+    epochs: int = 20
+    batch_size: int = 128
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.1
     seeds: int = 3
     basic_covariates: Sequence[str] | None = None
     components: int = 10

@@ -161,17 +161,26 @@ class NetworkModel:
             return logits[:, 0]
         return hazard_risk(torch.from_numpy(logits)).numpy()
 
-    def _outputs(self, cohort: Cohort) -> tuple[Array, Array]:
-        """Return logits and embedding of the patients, one by one, from all of their instances."""
+    def outputs(self, cohort: Cohort) -> list[Any]:
+        """Return what the network tells of each patient, from all instances."""
         bags, rna = self._bags(cohort), self._rna(cohort)
         # One by one: the bits do not depend on who else is asked about.
-        logits, embeddings = [], []
         with torch.no_grad():
-            for i in range(len(cohort)):
-                bag = None if bags is None else [bags.instances[slice(*bags.ranges[i])]]
-                out: Any = self.network(Inputs(bag, None if rna is None else rna[i : i + 1]))
-                logits.append(out.logits.double().cpu().numpy()[0])
-                embeddings.append(out.embedding.double().cpu().numpy()[0])
+            return [
+                self.network(
+                    Inputs(
+                        None if bags is None else [bags.instances[slice(*bags.ranges[i])]],
+                        None if rna is None else rna[i : i + 1],
+                    )
+                )
+                for i in range(len(cohort))
+            ]
+
+    def _outputs(self, cohort: Cohort) -> tuple[Array, Array]:
+        """Return logits and embedding of the patients."""
+        outputs = self.outputs(cohort)
+        logits = [out.logits.double().cpu().numpy()[0] for out in outputs]
+        embeddings = [out.embedding.double().cpu().numpy()[0] for out in outputs]
         shape = self.network.config
         width = 1 if shape.head == "cox" else shape.n_bins
         return np.array(logits).reshape(-1, width), np.array(embeddings).reshape(-1, shape.dim)
@@ -360,8 +369,10 @@ def _draw(bags: Bags | None, rows: NDArray[np.int64], most: int, rng: np.random.
 
 
 def _finish(model: NetworkModel, train: Cohort) -> NetworkModel:
-    """Add what is learned from the fitted network's own risks: baseline and cut."""
-    logits, _ = model._outputs(train)
+    """Add what is learned from the fitted network's own risks: baseline, cut, and the risk of prototypes."""
+    outputs = model.outputs(train)
+    logits = torch.cat([out.logits for out in outputs]).double().numpy()
+    model.network.rate(outputs, torch.from_numpy(model._risk(logits)))
     if model.network.config.head == "cox":
         model = replace(model, baseline=np.stack(breslow(np.clip(logits[:, 0], -50, 50), train.time, train.event)))
     return replace(model, cut=float(np.median(model._risk(logits))))
