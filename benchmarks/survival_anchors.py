@@ -33,13 +33,13 @@ ANCHORS = {
 }
 
 
-def tcga(data: Path, name: str) -> Cohort:
-    """Join a TCGA cohort by case: disease-specific survival, age, sex, stage, site and RNA."""
+def tcga_patients(data: Path, name: str) -> pd.DataFrame:
+    """Join the tables of a TCGA cohort by case: disease-specific survival, age, sex, stage, site."""
     folder = data / "survival" / "tcga"
     cases = pd.read_csv(folder / f"metadata/tcga_{name}.csv").drop_duplicates("case_id").set_index("case_id")
     clinical = pd.read_csv(folder / f"clinical/tcga_{name}_clinical.csv").drop_duplicates("case_id")
     cases = cases.sort_index()
-    patients = pd.DataFrame(
+    return pd.DataFrame(
         {
             "time": cases["survival_months_dss"],
             "event": 1 - cases["censorship_dss"],
@@ -49,27 +49,38 @@ def tcga(data: Path, name: str) -> Cohort:
             "site": cases["site"],
         }
     )
-    rna = pd.read_csv(folder / f"rna/tcga_{name}_rna.csv.gz", index_col=0).reindex(cases.index)
+
+
+def tcga(data: Path, name: str) -> Cohort:
+    """Join a TCGA cohort by case: patients and RNA."""
+    patients = tcga_patients(data, name)
+    rna = pd.read_csv(data / f"survival/tcga/rna/tcga_{name}_rna.csv.gz", index_col=0).reindex(patients.index)
     return cohort_of(patients, ("age", "is_female", "stage"), rna=rna)
 
 
-def hancock(data: Path, stain: str = "HE") -> Cohort:
-    """Join HANCOCK by patient: overall survival, clinical and pathological data, tissue cores of one stain."""
+def hancock_patients(data: Path) -> pd.DataFrame:
+    """Join the tables of HANCOCK by patient: overall survival, clinical and pathological data."""
     folder = data / "survival" / "hancock"
     tables = {
         name: pd.read_csv(folder / f"{name}.csv", dtype={"patient_id": str}).set_index("patient_id")
         for name in ("targets", "clinical", "pathological")
     }
-    covariates = tables["clinical"].join(tables["pathological"]).sort_index()
-    with np.load(folder / "hancock_tma_bags.npz", allow_pickle=False) as stored:
+    known = tables["targets"]
+    outcome = {
+        "time": known["days_to_last_information"] / 30.4375,
+        "event": (known["survival_status"] == "deceased").astype(int),
+    }
+    return pd.DataFrame(outcome).join(tables["clinical"]).join(tables["pathological"]).sort_index()
+
+
+def hancock(data: Path, stain: str = "HE") -> Cohort:
+    """Join HANCOCK by patient: patients, and tissue cores of one stain."""
+    patients = hancock_patients(data)
+    with np.load(data / "survival/hancock/hancock_tma_bags.npz", allow_pickle=False) as stored:
         mine = stored["stain"] == stain
         features, owner = stored["features"][mine].astype(np.float32), stored["patient_id"][mine].astype(str)
-    patients = covariates.assign(
-        time=tables["targets"]["days_to_last_information"] / 30.4375,
-        event=(tables["targets"]["survival_status"] == "deceased").astype(int),
-    )
     bags = Bags.of([features[owner == name] for name in patients.index], [f"f{i}" for i in range(features.shape[1])])
-    return cohort_of(patients, tuple(covariates.columns), bags=bags)
+    return cohort_of(patients, tuple(c for c in patients if c not in ("time", "event")), bags=bags)
 
 
 def cohort_of(
