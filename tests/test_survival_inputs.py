@@ -706,7 +706,7 @@ def test_large_instances_go_beside_the_results(tmp_path, monkeypatch):
     ids, rng = write_follow_up(tmp_path / "p.tsv")
     np.savez(tmp_path / "i.npz", features=rng.normal(size=(24, 4)), patient_id=ids)
     monkeypatch.setattr(instances_module.gather, "__defaults__", (None, 0))
-    evaluate(tmp_path / "p.tsv", [], tmp_path / "out", instances=tmp_path / "i.npz", folds=2)
+    evaluate(Inputs(tmp_path / "p.tsv", instances=tmp_path / "i.npz"), tmp_path / "out", folds=2)
     assert np.load(tmp_path / "out" / "bags" / "instances.npy").shape == (24, 4)
 
 

@@ -577,7 +577,7 @@ def survival_evaluate(
     rna: Rna = None,
     gene_sets: GeneSets = None,
     site: Site = None,
-    model: SurvivalModelName = "pibd",
+    model: SurvivalModelName = "cox",
     model_option: ModelOption = [],  # noqa: B006
     head: Head = "cox",
     bins: Bins = 4,
@@ -638,7 +638,7 @@ def survival_train(
     rna: Rna = None,
     gene_sets: GeneSets = None,
     site: Site = None,
-    model: SurvivalModelName = "pibd",
+    model: SurvivalModelName = "cox",
     model_option: ModelOption = [],  # noqa: B006
     head: Head = "cox",
     bins: Bins = 4,

@@ -30,7 +30,7 @@ class SurvivalOptions:
     Attributes
     ----------
     model
-        One of `MODELS`: PIBD (recommended, or as published), attention MIL, or ridge Cox on all that is known.
+        One of `MODELS`: ridge Cox on all that is known, PIBD (ours, or as published), or attention MIL.
     model_options
         Keys of the network's configuration that differ from the variant's.
     head, bins, epochs, batch_size, learning_rate, weight_decay
@@ -47,7 +47,7 @@ class SurvivalOptions:
         auto, cpu, cuda or cuda:N.
     """
 
-    model: str = "pibd"
+    model: str = "cox"
     model_options: Mapping[str, Any] = field(default_factory=dict)
     head: str = "cox"
     bins: int = 4
