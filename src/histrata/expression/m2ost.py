@@ -26,13 +26,14 @@ of its choice, and turns and flips all levels of a spot alike. With ``tokens="en
 - Any number of levels, window and patch size. A single level has no CTMM; levels beyond the third are cut at
   the same three granularities as the third, since patches would soon be smaller than a pixel.
 - Queries, keys and values of a level come from one matrix, and attention runs through
-  `scaled_dot_product_attention`: the same numbers in less time and memory. Dropout is applied to the
-  outputs of attention, not to its weights, which would leave the fused kernels.
+  `scaled_dot_product_attention`, or in training with few tokens on a CPU through `_ShortAttention`: the same
+  numbers in less time. Dropout is applied to the outputs of attention, not to its weights, which would leave the
+  fused kernels.
 - On a CPU, float32 products go through oneDNN, and patches are cut colour by colour, with the weights of the first
   layer reordered to that: the same numbers again. docs/m2ost.md has what this gives.
 - The normalisation that the ITMM creates and never uses is left out, so every parameter gets a gradient.
 - Nothing is computed that no output depends on: in the last layer only the class tokens and the mean of all
-  tokens go through the CTMM's projection and the CCMM.
+  tokens go through the CTMM's projection, its dropout and the CCMM.
 - Options that the published code lacks, all off in `m2ost_reference`; docs/m2ost.md has what each gives on real
   data, and the other variants have those on that earned it. From the paper, which the code does not follow:
   learned scalar weights in the CTMM (`cross_weights`) and random masks in the ITMM (`mask_ratio`). The field's
