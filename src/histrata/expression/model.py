@@ -111,9 +111,8 @@ class _ReadAhead(DataLoader[Batch]):
 def load_batches(windows: Spots, order: Any, batch_size: int) -> DataLoader[Batch]:
     """Load whole batches of windows in an order (indices, or a sampler), one batch ahead of what asks for them."""
     # A loader draws a seed for its workers even without any: not from torch's global generator.
-    source: Any = windows
     kept: Any = _as_it_is
-    return _ReadAhead(source, batch_size=batch_size, sampler=order, collate_fn=kept, generator=torch.Generator())
+    return _ReadAhead(windows, batch_size=batch_size, sampler=order, collate_fn=kept, generator=torch.Generator())
 
 
 def _as_it_is(batch: Batch) -> Batch:
