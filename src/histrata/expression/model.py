@@ -84,9 +84,11 @@ class TrainedModel:
             log.warning("the model was not made for this: %s", coarse)
         where = find_device(device)
         network = self.network.to(where).eval()
-        spots: Spots = SpotWindows(sections, self.mpp, self.size)
-        if self.encoder:
-            spots = SpotTokens(sections, self.mpp, self.encoder, self.cache, device=device)
+        spots: Spots = (
+            SpotTokens(sections, self.mpp, self.encoder, self.cache, device=device)
+            if self.encoder
+            else SpotWindows(sections, self.mpp, self.size)
+        )
         shape = (0, len(self.genes)) if self.targets.n_outputs == 1 else (0, self.targets.n_outputs, len(self.genes))
         outputs = [np.zeros(shape, dtype=np.float32)]
         with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
