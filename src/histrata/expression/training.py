@@ -303,49 +303,23 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
     targets, values = fit_targets(
         learned, panel, options.loss, standardise=options.standardise, smooth_um=options.smooth_um
     )
-    encoder = None
-    if options.tokens == "encoder":
-        encoder = TokenEncoder(str(options.encoder), options.encoder_weights, grid=options.token_grid)
+    encoder = _load_encoder(options)
     network, size = _build(panel, targets, options, encoder)
-    architecture: Any = network.config
-    field_um = options.field_um or max(PAPER_FIELD_UM, *(size * section.pyramid.mpp for section in sections))
-    mpp = tuple(options.mpp) or tuple(field_um * wider / size for wider in architecture.fields_of_view)
-    if coarse := find_coarse(sections, mpp[0], size):
-        raise HistrataError(coarse)
-    spots: Spots
-    if encoder:
-        given: Any = {"targets": values, "seed": options.seed, "device": options.device}
-        spots = SpotTokens(learned, mpp, encoder, options.cache, **given)
-    else:
-        spots = SpotWindows(learned, mpp, size, targets=values, augment=True, jitter=options.jitter, seed=options.seed)
-    config = {
-        "model": options.model,
-        "architecture": asdict(architecture),
-        "mpp": list(mpp),
-        "size": size,
-        "fields_um": [size * value for value in mpp],
-        "encoder": encoder and {"name": encoder.name, "grid": encoder.grid, "sha256": encoder.digest},
-        "target": "log1p of counts per 10,000 over the whole library",
-        "likelihood": {"loss": targets.loss, "library": targets.library},
-        "trained_on": {s.slide_id: s.patient_id for s in learned},
-        "stopped_by": {s.slide_id: s.patient_id for s in kept},
-        "n_spots": len(spots),
-        **provenance(
-            {k: v for k, v in asdict(options).items() if k not in _NO_PARAMETERS},
-            {f"{s.slide_id}/{s.folder.spots.name}": s.folder.spots for s in sections}
-            | {f"{s.slide_id}/{s.folder.pyramid.name}": s.folder.pyramid / "zarr.json" for s in sections},
-        ),
-    }
-    key = hashlib.sha256(json.dumps([config, list(panel)], sort_keys=True).encode()).hexdigest()[:16]
-    model = TrainedModel(network, list(panel), targets, mpp, size, config, encoder, options.cache)
+    mpp = _choose_levels(sections, network, size, options)
+    model = TrainedModel(network, list(panel), targets, mpp, size, {}, encoder, options.cache)
+    model = replace(model, config=_describe(model, learned, kept, options))
+    spots = _spots_of(model, learned, values, options)
     steps = options.epochs * -(-len(spots) // options.batch_size)
     module = _Regression(network, targets, options, steps, _Judge(model, kept) if kept else None)
-    _fit(module, spots, options, device, Path(checkpoints) / _CHECKPOINT.format(key))
-    if module.best:
-        module.predictor.load_state_dict(module.best)
-    config["loss"] = [round(loss, 6) for loss in module.losses]
-    config["stopping_score"] = [round(score, 6) for score in module.scores]
-    return replace(model, network=module.predictor.to("cpu"))
+    _fit(module, spots, options, device, Path(checkpoints) / _checkpoint_of(model))
+    return _with_results(model, module)
+
+
+def _load_encoder(options: M2OSTOptions) -> TokenEncoder | None:
+    """Load the encoder that makes the tokens; None where the tokens are patches."""
+    if options.tokens != "encoder":
+        return None
+    return TokenEncoder(str(options.encoder), options.encoder_weights, grid=options.token_grid)
 
 
 def _build(
@@ -365,6 +339,67 @@ def _build(
     )
     architecture: Any = network.config
     return network, encoder.size if encoder else architecture.size
+
+
+def _choose_levels(
+    sections: Sequence[Section], network: nn.Module, size: int, options: M2OSTOptions
+) -> tuple[float, ...]:
+    """Return um/px of each level, finest first; raise where a slide is coarser than the finest."""
+    architecture: Any = network.config
+    field_um = options.field_um or max(PAPER_FIELD_UM, *(size * section.pyramid.mpp for section in sections))
+    mpp = tuple(options.mpp) or tuple(field_um * wider / size for wider in architecture.fields_of_view)
+    if coarse := find_coarse(sections, mpp[0], size):
+        raise HistrataError(coarse)
+    return mpp
+
+
+def _spots_of(model: TrainedModel, learned: Sequence[Section], values: np.ndarray, options: M2OSTOptions) -> Spots:
+    """Return what the network learns from: tokens, or windows that are augmented."""
+    given: Any = {"targets": values, "seed": options.seed}
+    if model.encoder:
+        return SpotTokens(learned, model.mpp, model.encoder, model.cache, device=options.device, **given)
+    return SpotWindows(learned, model.mpp, model.size, augment=True, jitter=options.jitter, **given)
+
+
+def _describe(
+    model: TrainedModel, learned: Sequence[Section], kept: Sequence[Section], options: M2OSTOptions
+) -> dict[str, Any]:
+    """Say what a model is and what it is made from, as far as it is known before the training."""
+    architecture: Any = model.network.config
+    encoder, targets = model.encoder, model.targets
+    parameters = {k: v for k, v in asdict(options).items() if k not in _NO_PARAMETERS}
+    sections = [*learned, *kept]
+    inputs = {f"{s.slide_id}/{s.folder.spots.name}": s.folder.spots for s in sections}
+    inputs |= {f"{s.slide_id}/{s.folder.pyramid.name}": s.folder.pyramid / "zarr.json" for s in sections}
+    return {
+        "model": options.model,
+        "architecture": asdict(architecture),
+        "mpp": list(model.mpp),
+        "size": model.size,
+        "fields_um": [model.size * value for value in model.mpp],
+        "encoder": encoder and {"name": encoder.name, "grid": encoder.grid, "sha256": encoder.digest},
+        "target": "log1p of counts per 10,000 over the whole library",
+        "likelihood": {"loss": targets.loss, "library": targets.library},
+        "trained_on": {s.slide_id: s.patient_id for s in learned},
+        "stopped_by": {s.slide_id: s.patient_id for s in kept},
+        "n_spots": sum(len(s.centres) for s in learned),
+        **provenance(parameters, inputs),
+    }
+
+
+def _checkpoint_of(model: TrainedModel) -> str:
+    """Return the name of the file that keeps a training's state: it depends on all that the training does."""
+    known = json.dumps([model.config, model.genes], sort_keys=True)
+    return _CHECKPOINT.format(hashlib.sha256(known.encode()).hexdigest()[:16])
+
+
+def _with_results(model: TrainedModel, module: _Regression) -> TrainedModel:
+    """Return the model with the weights that predict, of the best epoch where one was chosen, and its figures."""
+    if module.best:
+        module.predictor.load_state_dict(module.best)
+    figures = {"loss": module.losses, "stopping_score": module.scores}
+    rounded = {name: [round(value, 6) for value in values] for name, values in figures.items()}
+    return replace(model, network=module.predictor.to("cpu"), config=model.config | rounded)
 
 
 def _keep_patient(sections: Sequence[Section], options: M2OSTOptions) -> tuple[Sequence[Section], Sequence[Section]]:
