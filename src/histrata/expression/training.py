@@ -275,7 +275,13 @@ class _Regression(lightning.LightningModule):
         return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
 
 
-def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptions, checkpoints: Path) -> TrainedModel:
+def train(
+    sections: Sequence[Section],
+    panel: Sequence[str],
+    options: M2OSTOptions,
+    checkpoints: Path,
+    encoder: TokenEncoder | None = None,
+) -> TrainedModel:
     """Train a model on the spots of some sections.
 
     Parameters
@@ -292,6 +298,8 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
         Folder for the state after each epoch, in one file a training. A run of the same sections, panel and options
         that was stopped goes on from there, to the same result; any other run does not look at it. The caller removes
         it with `remove_checkpoints` when it has no more use for it.
+    encoder
+        What `load_token_encoder` gave for these options, where several trainings share it; None loads it here.
 
     Raises
     ------
@@ -303,7 +311,7 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
     targets, values = fit_targets(
         learned, panel, options.loss, standardise=options.standardise, smooth_um=options.smooth_um
     )
-    encoder = _load_encoder(options)
+    encoder = encoder or load_token_encoder(options)
     network, size = _build(panel, targets, options, encoder)
     mpp = _choose_levels(sections, network, size, options)
     model = TrainedModel(network, list(panel), targets, mpp, size, {}, encoder, options.cache)
@@ -315,7 +323,7 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
     return _with_results(model, module)
 
 
-def _load_encoder(options: M2OSTOptions) -> TokenEncoder | None:
+def load_token_encoder(options: M2OSTOptions) -> TokenEncoder | None:
     """Load the encoder that makes the tokens; None where the tokens are patches."""
     if options.tokens != "encoder":
         return None
