@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError
-from histrata.expression.metrics import correlation
+from histrata.expression.metrics import correlation, flat
 from histrata.expression.model import TrainedModel, load_batches, scaled
 from histrata.expression.sections import Section, find_coarse, slide_table
 from histrata.expression.targets import LOSSES, Targets, fit_targets
@@ -53,13 +53,20 @@ class _Judge:
     sections: Sequence[Section]
 
     def __call__(self, network: nn.Module, device: torch.device) -> float:
-        """Return the mean correlation over genes and sections."""
+        """Return the mean correlation over genes and sections; raise where there is none."""
         was_training = network.training
         model = replace(self.model, network=network)
         predicted = [model.predict([section], device=str(device))[0] for section in self.sections]
         network.train(was_training)
         truths = (section.targets(model.genes).astype(np.float64) for section in self.sections)
-        return float(np.nanmean([correlation(t, p) for t, p in zip(truths, predicted, strict=True)]))
+        scores = [correlation(t, p) for t, p in zip(truths, predicted, strict=True)]
+        if np.isnan(scores).all():
+            # Some gene varies (see `_keep_patient`), so it is the predictions.
+            raise HistrataError(
+                f"the training has diverged: its predictions for {_patients_of(self.sections)}, which says when to "
+                "stop, are not finite; lower m2ost.learning_rate"
+            )
+        return float(np.nanmean(scores))
 
 
 @dataclass(frozen=True)
@@ -289,7 +296,8 @@ def train(
     sections
         Training sections; everything that is fitted is fitted on them. With `early_stopping`, one of their patients
         is kept to say when to stop, and nothing else is learned from it; with a single patient there is none to
-        keep, and training goes on for all epochs.
+        keep, and where no gene of the panel varies on that patient's slides it cannot say: training then goes on for
+        all epochs, on all patients, with a warning.
     panel
         Genes to predict.
     options
@@ -304,10 +312,11 @@ def train(
     Raises
     ------
     HistrataError
-        For options that do not fit, or a GPU asked for where there is none.
+        For options that do not fit, a GPU asked for where there is none, or, with `early_stopping`, predictions that
+        are not finite.
     """
     device = find_device(options.device)
-    learned, kept = _keep_patient(sections, options)
+    learned, kept = _keep_patient(sections, panel, options)
     targets, values = fit_targets(
         learned, panel, options.loss, standardise=options.standardise, smooth_um=options.smooth_um
     )
@@ -410,18 +419,41 @@ def _with_results(model: TrainedModel, module: _Regression) -> TrainedModel:
     return replace(model, network=module.predictor.to("cpu"), config=model.config | rounded)
 
 
-def _keep_patient(sections: Sequence[Section], options: M2OSTOptions) -> tuple[Sequence[Section], Sequence[Section]]:
-    """Return the sections to learn from, and those of the patient that says when to stop."""
-    slides = slide_table(sections)
+def _keep_patient(
+    sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptions
+) -> tuple[Sequence[Section], Sequence[Section]]:
+    """Return the sections to learn from, and those of the patient that says when to stop; none where none can."""
+    if not options.early_stopping:
+        return sections, ()
     everything = Fold("early_stopping", tuple(s.slide_id for s in sections), ())
-    fold = make_validation(everything, slides, options.seed) if options.early_stopping else None
-    if options.early_stopping and fold is None:
+    fold = make_validation(everything, slide_table(sections), options.seed)
+    if fold is None:
         log.warning(
             "Early stopping needs a second training patient; training goes on for all %d epochs", options.epochs
         )
-    if fold is None:
         return sections, ()
-    return [s for s in sections if s.slide_id in fold.train], [s for s in sections if s.slide_id in fold.test]
+    kept = [s for s in sections if s.slide_id in fold.test]
+    if not any(_varies(s, panel) for s in kept):
+        log.warning(
+            "Early stopping needs genes that vary, and none of the panel's %d does on the slides of %s; training goes "
+            "on for all %d epochs, on all patients",
+            len(panel),
+            _patients_of(kept),
+            options.epochs,
+        )
+        return sections, ()
+    return [s for s in sections if s.slide_id in fold.train], kept
+
+
+def _varies(section: Section, panel: Sequence[str]) -> bool:
+    """Whether any gene of a panel was measured on a section and is not the same at all of its spots."""
+    truth = section.targets(panel).astype(np.float64)
+    return bool((~flat(truth) & ~np.isnan(truth).any(axis=0)).any())
+
+
+def _patients_of(sections: Sequence[Section]) -> str:
+    """Name the patients of some sections."""
+    return ", ".join(f"patient '{name}'" for name in sorted({s.patient_id for s in sections}))
 
 
 def remove_checkpoints(folder: Path) -> None:
