@@ -86,7 +86,9 @@ def main() -> None:
     for name, found in scores.items():
         to_base = np.subtract(found, scores["base"])
         line = {"variant": name, "pearson": round(float(np.mean(found)), 4), "seeds": np.round(found, 4).tolist()}
-        print(json.dumps(line | {"to_base": round(float(np.mean(to_base)), 4), "by_seed": np.round(to_base, 4).tolist()}))
+        print(
+            json.dumps(line | {"to_base": round(float(np.mean(to_base)), 4), "by_seed": np.round(to_base, 4).tolist()})
+        )
 
 
 def score_fold(name: str, fold: Fold, sections: dict[str, Section], options: M2OSTOptions, seed: int) -> float:

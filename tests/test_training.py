@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 from dataclasses import replace
 
@@ -334,6 +335,32 @@ def test_a_single_patient_has_none_to_spare(sections, panel, tiny, tmp_path, cap
     model = train(sections[:1], panel, replace(tiny, epochs=1, early_stopping=2), tmp_path)
     assert model.config["stopped_by"] == {}
     assert "Early stopping needs a second training patient" in caplog.text
+
+
+def test_a_patient_of_constant_genes_cannot_say_when_to_stop(sections, tiny, tmp_path, caplog):
+    model = train(sections, ["ZERO"], replace(tiny, epochs=3, early_stopping=1), tmp_path)
+    assert len(model.config["loss"]) == 3
+    assert model.config["stopping_score"] == []
+    assert model.config["stopped_by"] == {}
+    assert model.config["trained_on"] == {"a2": "p1", "b1": "p2"}
+    assert re.search(
+        r"none of the panel's 1 does on the slides of patient 'p[12]'; training goes on for all 3 epochs", caplog.text
+    )
+
+
+def test_one_gene_that_varies_is_enough_to_say_when_to_stop(sections, tiny, tmp_path, caplog):
+    model = train(sections, ["ZERO", "UP0"], replace(tiny, epochs=2, early_stopping=1), tmp_path)
+    assert np.isfinite(model.config["stopping_score"]).all()
+    assert "Early stopping" not in caplog.text
+
+
+def test_a_training_that_diverges_is_an_error_where_it_is_to_stop(sections, panel, tiny, tmp_path):
+    options = replace(tiny, early_stopping=2, learning_rate=1e30)
+    says = r"has diverged: its predictions for patient 'p[12]', which says when to stop, are not finite; lower m2ost\."
+    with pytest.raises(HistrataError, match=says):
+        train(sections, panel, options, tmp_path / "checkpoints")
+    # What is not finite is not gone on with.
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 def test_two_processes_share_a_step(sections, panel, tiny, tmp_path):
