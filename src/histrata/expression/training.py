@@ -53,19 +53,14 @@ class _Judge:
     sections: Sequence[Section]
 
     def __call__(self, network: nn.Module, device: torch.device) -> float:
-        """Return the mean correlation over genes and sections; raise where there is none."""
+        """Return the mean correlation over genes and sections."""
         was_training = network.training
         model = replace(self.model, network=network)
         predicted = [model.predict([section], device=str(device))[0] for section in self.sections]
         network.train(was_training)
         truths = (section.targets(model.genes).astype(np.float64) for section in self.sections)
         scores = [correlation(t, p) for t, p in zip(truths, predicted, strict=True)]
-        if np.isnan(scores).all():
-            # Some gene varies (see `_keep_patient`), so it is the predictions.
-            raise HistrataError(
-                f"the training has diverged: its predictions for {_patients_of(self.sections)}, which says when to "
-                "stop, are not finite; lower m2ost.learning_rate"
-            )
+        # Some gene varies: see `_keep_patient`.
         return float(np.nanmean(scores))
 
 
@@ -245,6 +240,11 @@ class _Regression(lightning.LightningModule):
             return
         gathered: Any = self.all_gather(torch.tensor([self._sum, self._n], dtype=torch.float64))
         total, n = gathered.reshape(-1, 2).sum(dim=0).tolist()
+        if not math.isfinite(total):
+            raise HistrataError(
+                f"The training diverged: its loss in epoch {self.current_epoch + 1} is {total / n}; lower "
+                "m2ost.learning_rate."
+            )
         self.losses.append(total / n)
         if self.judge:
             self.scores.append(self.judge(self.predictor, self.device))
@@ -312,8 +312,7 @@ def train(
     Raises
     ------
     HistrataError
-        For options that do not fit, a GPU asked for where there is none, or, with `early_stopping`, predictions that
-        are not finite.
+        For options that do not fit, a GPU asked for where there is none, or a loss that is not finite.
     """
     device = find_device(options.device)
     learned, kept = _keep_patient(sections, panel, options)
@@ -435,10 +434,10 @@ def _keep_patient(
     kept = [s for s in sections if s.slide_id in fold.test]
     if not any(_varies(s, panel) for s in kept):
         log.warning(
-            "Early stopping needs genes that vary, and none of the panel's %d does on the slides of %s; training goes "
-            "on for all %d epochs, on all patients",
+            "Early stopping needs genes that vary, and none of the panel's %d does on the slides of patient %s; "
+            "training goes on for all %d epochs, on all patients",
             len(panel),
-            _patients_of(kept),
+            ", ".join(sorted({s.patient_id for s in kept})),
             options.epochs,
         )
         return sections, ()
@@ -449,11 +448,6 @@ def _varies(section: Section, panel: Sequence[str]) -> bool:
     """Whether any gene of a panel was measured on a section and is not the same at all of its spots."""
     truth = section.targets(panel).astype(np.float64)
     return bool((~flat(truth) & ~np.isnan(truth).any(axis=0)).any())
-
-
-def _patients_of(sections: Sequence[Section]) -> str:
-    """Name the patients of some sections."""
-    return ", ".join(f"patient '{name}'" for name in sorted({s.patient_id for s in sections}))
 
 
 def remove_checkpoints(folder: Path) -> None:
