@@ -39,6 +39,9 @@ MODEL: dict[str, dict[str, Any]] = {
     "no dropout": {"dropout": 0.0},
     "drop_path .1": {"drop_path": 0.1},
     "head mean": {"head": "mean"},
+    "position_std 1, cross_weights": {"position_std": 1.0, "cross_weights": True},
+    "position_std 1, window_norm": {"position_std": 1.0, "window_norm": True},
+    "position_std 1, cross_weights, window_norm": {"position_std": 1.0, "cross_weights": True, "window_norm": True},
 }
 """Keys of the model's configuration that differ from the recommended ones."""
 
