@@ -33,15 +33,12 @@ MODEL: dict[str, dict[str, Any]] = {
     "no cross_residual": {"cross_residual": False},
     "cross_weights": {"cross_weights": True},
     "mask_ratio .25": {"mask_ratio": 0.25},
-    "position_std 1": {"position_std": 1.0},
+    "position_std .02": {"position_std": 0.02},
     "patch_norm": {"patch_norm": True},
     "window_norm": {"window_norm": True},
     "no dropout": {"dropout": 0.0},
     "drop_path .1": {"drop_path": 0.1},
     "head mean": {"head": "mean"},
-    "position_std 1, cross_weights": {"position_std": 1.0, "cross_weights": True},
-    "position_std 1, window_norm": {"position_std": 1.0, "window_norm": True},
-    "position_std 1, cross_weights, window_norm": {"position_std": 1.0, "cross_weights": True, "window_norm": True},
 }
 """Keys of the model's configuration that differ from the recommended ones."""
 

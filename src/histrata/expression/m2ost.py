@@ -41,7 +41,7 @@ of its choice, and turns and flips all levels of a spot alike. With ``tokens="en
   0 and variance 1, so that a dark patch and a pale one look alike) or windows of which each channel is
   brought to mean 0 and variance 1 (`window_norm`), normalisation before the ITMM (`pre_norm`), a residual around
   the CTMM, without which each layer forgets a level's own tokens (`cross_residual`), position embeddings that
-  start small beside the tokens (`position_std`), `dropout`, stochastic depth (`drop_path`), and a head that
+  start smaller beside the tokens (`position_std`), `dropout`, stochastic depth (`drop_path`), and a head that
   takes the mean of the tokens instead of the class token (`head`).
 
 Published weights are read by `load_published_weights` and `from_published`.
@@ -681,7 +681,6 @@ _RECOMMENDED: dict[str, Any] = {
     "patch_norm": False,
     "pre_norm": True,
     "cross_residual": True,
-    "position_std": 0.02,
 }
 
 
