@@ -33,7 +33,7 @@ MODEL: dict[str, dict[str, Any]] = {
     "no cross_residual": {"cross_residual": False},
     "cross_weights": {"cross_weights": True},
     "mask_ratio .25": {"mask_ratio": 0.25},
-    "position_std 1": {"position_std": 1.0},
+    "position_std .02": {"position_std": 0.02},
     "patch_norm": {"patch_norm": True},
     "window_norm": {"window_norm": True},
     "no dropout": {"dropout": 0.0},

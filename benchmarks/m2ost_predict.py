@@ -12,21 +12,17 @@ one (float32 there for the plain side, bf16 for ours). Target: 2 times the speed
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from m2ost_sides import Batch, Pass, Sides, compare, gflop_of, go_through, options_of, prepare
-from plain_m2ost import plain_loader
-from timing import CORES
+from m2ost_sides import Batch, Sides, Step, compare_sides, gflop_of, options_of, prepare
 
-from histrata.expression.model import load_batches, scaled
+from histrata.expression.model import scaled
 
 
-def step_of(network: Any, device: torch.device, *, bf16: bool) -> Callable[[Batch], object]:
+def step_of(network: Any, device: torch.device, *, bf16: bool) -> Step:
     """Return what predicts a batch, as `histrata.expression.model.TrainedModel` does."""
     network.eval()
 
@@ -46,40 +42,7 @@ def main() -> None:
         ours = step_of(sides.model, device, bf16=device.type == "cuda")
         plain = step_of(sides.plain_model, device, bf16=False)
         order = range(options.spots)
-        workers = CORES if device.type == "cuda" else 0
-
-        def with_histrata() -> Pass:
-            return go_through(load_batches(sides.windows, order, options.batch_size), ours, device)
-
-        def plainly() -> Pass:
-            loader = plain_loader(sides.plain_windows, order, options.batch_size, workers)
-            return go_through(loader, plain, device)
-
-        figures = compare({"histrata": with_histrata, "plain": plainly}, options.repeats, options.spots, gflop)
-        held = [sides.windows.__getitems__(list(order[: options.batch_size]))] * 2
-        alone = compare(
-            {
-                "histrata": lambda: go_through(held, ours, device),
-                "plain": lambda: go_through(held, plain, device),
-            },
-            options.repeats,
-            2 * options.batch_size,
-            gflop,
-        )
-    told = {"model": options.model, "spots": options.spots, "batch": options.batch_size}
-    told |= {"device": str(device), "cores": options.cores}
-    print(
-        json.dumps(
-            {"benchmark": "m2ost_predict"}
-            | told
-            | figures
-            | {
-                "ratio_of_networks_alone": alone["ratio"],
-                "ratio_of_networks_alone_cpu_time": alone["ratio_of_cpu_time"],
-                "gflop_per_spot": round(gflop, 3),
-            }
-        )
-    )
+        compare_sides("m2ost_predict", sides, ours, plain, order, gflop, options)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import json
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,19 +19,22 @@ from typing import Any
 import numpy as np
 import torch
 from mirrored import MPP, write_mirrored
-from plain_m2ost import Batch, PlainM2OST, PlainWindows
+from plain_m2ost import Batch, PlainM2OST, PlainWindows, plain_loader
 from timing import CORES, scattered, use_cores
 from torch.utils.flop_counter import FlopCounterMode
 
 from histrata import create_model
 from histrata.devices import find_device
-from histrata.expression.model import scaled
+from histrata.expression.model import load_batches, scaled
 from histrata.expression.sections import Section
 from histrata.expression.windows import SpotWindows
 from histrata.pyramid import Pyramid
 from histrata.pyramid.writer import write_pyramid
 
 FIELD_UM, N_GENES = 154.0, 250
+
+Step = Callable[[Batch], object]
+"""What is done with a batch."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class Pass:
     mib: float
 
 
-def go_through(batches: Iterable[Batch], step: Callable[[Batch], object], device: torch.device) -> Pass:
+def go_through(batches: Iterable[Batch], step: Step, device: torch.device) -> Pass:
     forget_peak(device)
     start, cpu, waited = time.perf_counter(), time.process_time(), 0.0
     iterator = iter(batches)
@@ -174,3 +179,27 @@ def compare(run: dict[str, Callable[[], Pass]], repeats: int, spots: int, gflop:
     figures["ratio"] = round(statistics.median(plain.seconds / ours.seconds for ours, plain in pairs), 2)
     figures["ratio_of_cpu_time"] = round(statistics.median(plain.cpu / ours.cpu for ours, plain in pairs), 2)
     return figures
+
+
+def compare_sides(
+    name: str, sides: Sides, ours: Step, plain: Step, order: Sequence[int], gflop: float, options: argparse.Namespace
+) -> None:
+    """Compare the whole of both sides, then the networks alone, and print the line of JSON."""
+    device, size = sides.device, options.batch_size
+    workers = CORES if device.type == "cuda" else 0
+
+    def with_histrata() -> Pass:
+        return go_through(load_batches(sides.windows, order, size), ours, device)
+
+    def plainly() -> Pass:
+        return go_through(plain_loader(sides.plain_windows, order, size, workers), plain, device)
+
+    figures = compare({"histrata": with_histrata, "plain": plainly}, options.repeats, options.spots, gflop)
+    held = [sides.windows.__getitems__(order[:size])] * 2
+    steps = {"histrata": ours, "plain": plain}
+    networks = {side: partial(go_through, held, step, device) for side, step in steps.items()}
+    alone = compare(networks, options.repeats, 2 * size, gflop)
+    told = {"benchmark": name, "model": options.model, "spots": options.spots, "batch": size}
+    told |= {"device": str(device), "cores": options.cores, **figures}
+    told |= {"ratio_of_networks_alone": alone["ratio"], "ratio_of_networks_alone_cpu_time": alone["ratio_of_cpu_time"]}
+    print(json.dumps(told | {"gflop_per_spot": round(gflop, 3)}))

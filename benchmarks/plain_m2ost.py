@@ -4,7 +4,8 @@ Everything is float32. The network loops over levels and granularities, holds q,
 layers of their own, and writes attention out (einsum, softmax, einsum) for each pair of levels. The loader decodes one
 window for each spot and level through OpenSlide, from the level of the file that fits, and scales it, by as many
 threads as there are cores. It computes the same numbers as `histrata.expression.m2ost.M2OST` with the same weights, for
-the options that the registered variants use; dropout drops at the same places.
+the options that the registered variants use; dropout drops at the same places, but for the last CTMM, where
+ours drops of what the head takes alone.
 """
 
 from __future__ import annotations

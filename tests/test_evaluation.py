@@ -11,17 +11,22 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
+from histrata import encoders
 from histrata.errors import HistrataError
-from histrata.expression import baselines, evaluation
+from histrata.expression import baselines, evaluation, tokens
 from histrata.expression.conformal import NEW, half_widths
 from histrata.expression.evaluation import evaluate
 from histrata.expression.final import train_final
 from histrata.expression.metrics import METRICS, SLIDE_METRICS, correlation, gene_scores, read_evaluation, score
-from histrata.expression.model import load_model
+from histrata.expression.model import load_model, save_model
 from histrata.expression.places import find_places
 from histrata.expression.prediction import predict
 from histrata.expression.sections import read_measured_sections, read_section
+from histrata.expression.training import train
 
 HONEST = {"constant", "colour_ridge", "knn", "m2ost"}
 CONTROLS, LEAKY = {"permuted_images", "permuted_labels"}, {"colour_ridge_serial"}
@@ -416,6 +421,39 @@ def test_features_and_annotations_are_used_where_there_are_any(full):
     assert means[["pca_ridge", "knn"]].min() > 0.6
     structure = pd.read_csv(full / "structure.tsv", sep="\t").set_index(["slide", "method"])
     assert structure["ari"].notna().all()
+
+
+def test_the_weights_of_an_encoder_are_read_once(cohort, tiny, tmp_path, monkeypatch):
+    weights = tmp_path / "weights.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        encoder = timm.create_model("test_vit", pretrained=False, num_classes=0)
+    save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, weights)
+    options = replace(
+        tiny,
+        epochs=1,
+        tokens="encoder",
+        encoder="test_vit",
+        encoder_weights=weights,
+        token_grid=2,
+        field_um=160.0,
+        cache=tmp_path / "cache",
+    )
+    read = []
+    for module, name in ((encoders, "load_file"), (tokens, "digest")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda path, f=original, n=name: read.append((n, path)) or f(path))
+    slides = cohort.measured[:3]
+    out = tmp_path / "out"
+    evaluate(slides, out, options, controls=False, serial=True, checkpoints=tmp_path / "checkpoints")
+    assert {"m2ost", "m2ost_single", "m2ost_serial"} <= set(read_evaluation(out / "evaluation.tsv")["method"])
+    assert sorted(read) == [("digest", weights), ("load_file", weights)]
+    # The model of a fold is the one that a training with an encoder of its own gives.
+    b1 = read_measured_sections(slides[2:])
+    alone = train(b1, load_model(out / "folds" / "p1", weights).genes, options, tmp_path / "alone")
+    save_model(alone, tmp_path / "model", "")
+    files = [folder / "model.safetensors" for folder in (tmp_path / "model", out / "folds" / "p1")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(full, featured, tiny, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 from dataclasses import replace
 
@@ -334,6 +335,33 @@ def test_a_single_patient_has_none_to_spare(sections, panel, tiny, tmp_path, cap
     model = train(sections[:1], panel, replace(tiny, epochs=1, early_stopping=2), tmp_path)
     assert model.config["stopped_by"] == {}
     assert "Early stopping needs a second training patient" in caplog.text
+
+
+def test_a_patient_of_constant_genes_cannot_say_when_to_stop(sections, tiny, tmp_path, caplog):
+    model = train(sections, ["ZERO"], replace(tiny, epochs=3, early_stopping=1), tmp_path)
+    assert len(model.config["loss"]) == 3
+    assert model.config["stopping_score"] == []
+    assert model.config["stopped_by"] == {}
+    assert model.config["trained_on"] == {"a2": "p1", "b1": "p2"}
+    assert re.search(
+        r"none of the panel's 1 does on the slides of patient p[12]; training goes on for all 3 epochs", caplog.text
+    )
+
+
+def test_one_gene_that_varies_is_enough_to_say_when_to_stop(sections, tiny, tmp_path, caplog):
+    model = train(sections, ["ZERO", "UP0"], replace(tiny, epochs=2, early_stopping=1), tmp_path)
+    assert np.isfinite(model.config["stopping_score"]).all()
+    assert "Early stopping" not in caplog.text
+
+
+@pytest.mark.parametrize("early_stopping", [0, 2])
+def test_a_training_that_diverges_is_an_error(sections, panel, tiny, tmp_path, early_stopping):
+    options = replace(tiny, early_stopping=early_stopping, learning_rate=1e30)
+    with pytest.raises(HistrataError, match=r"diverged: its loss in epoch \d is nan; lower m2ost\.learning_rate"):
+        train(sections, panel, options, tmp_path / "checkpoints")
+    # What is not finite is not gone on with.
+    for path in tmp_path.glob("checkpoints/*"):
+        assert np.isfinite(torch.load(path, weights_only=True)["histrata"]["losses"]).all()
 
 
 def test_two_processes_share_a_step(sections, panel, tiny, tmp_path):

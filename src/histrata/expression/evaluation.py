@@ -20,7 +20,8 @@ from histrata.expression.panel import PANELS, choose_panel
 from histrata.expression.places import find_places
 from histrata.expression.sections import Section, read_measured_sections, slide_table
 from histrata.expression.structure import structure_scores
-from histrata.expression.training import M2OSTOptions, remove_checkpoints, train
+from histrata.expression.tokens import TokenEncoder
+from histrata.expression.training import M2OSTOptions, load_token_encoder, remove_checkpoints, train
 from histrata.files import whole, write_tsv
 from histrata.folds import Fold, join_subjects, make_folds, make_serial_folds
 
@@ -34,6 +35,7 @@ class _Run:
     sections: Mapping[str, Section]
     slides: pd.DataFrame
     options: M2OSTOptions
+    encoder: TokenEncoder | None
     checkpoints: Path
     controls: bool
     single_level: bool
@@ -108,7 +110,9 @@ def evaluate(
     slides = slide_table([*sections.values()])
     made = make_folds(slides, folds, k=k, seed=options.seed)
     frozen = baselines.frozen_features(list(sections.values()))
-    run = _Run(sections, slides, options, Path(checkpoints), controls, single_level, serial, frozen)
+    # Once for all trainings: to load it is to read and digest all its weights.
+    encoder = load_token_encoder(options)
+    run = _Run(sections, slides, options, encoder, Path(checkpoints), controls, single_level, serial, frozen)
     panel = options.panel if options.panel in PANELS else Path(options.panel).stem
     with whole(out / "folds") as part:
         part.mkdir()
@@ -148,7 +152,7 @@ def _run_fold(run: _Run, fold: Fold, folder: Path) -> Iterator[_Prediction]:
             "needed; add slides, or leave this one out"
         )
     panel = choose_panel(training, run.options.panel, run.options.n_genes)
-    mean, std, model = _m2ost(training, test, panel, run.options, run.checkpoints)
+    mean, std, model = _m2ost(training, test, panel, run.options, run.checkpoints, run.encoder)
     save_model(model, folder, f"# M2OST, fold {fold.name}\n\nHeld out: {', '.join(fold.test)}.\n")
     colours = _colours(run, tuple(model.size * mpp for mpp in model.mpp))
     yield from _of_slides(fold.name, "m2ost", test, panel, mean, std)
@@ -156,17 +160,22 @@ def _run_fold(run: _Run, fold: Fold, folder: Path) -> Iterator[_Prediction]:
         yield from _of_slides(fold.name, method, test, panel, predicted)
     for method, altered, options in _variants(run, training):
         log.info("fold %s: %s", fold.name, method)
-        predicted, deviation, _ = _m2ost(altered, test, panel, options, run.checkpoints / method)
+        predicted, deviation, _ = _m2ost(altered, test, panel, options, run.checkpoints / method, run.encoder)
         yield from _of_slides(fold.name, method, test, panel, predicted, deviation)
     for leaky in make_serial_folds(fold, run.slides):
         yield from _run_serial(run, leaky, panel, colours)
 
 
 def _m2ost(
-    training: Sequence[Section], test: Sequence[Section], panel: Sequence[str], options: M2OSTOptions, checkpoints: Path
+    training: Sequence[Section],
+    test: Sequence[Section],
+    panel: Sequence[str],
+    options: M2OSTOptions,
+    checkpoints: Path,
+    encoder: TokenEncoder | None,
 ) -> tuple[np.ndarray, np.ndarray | None, TrainedModel]:
     """Train M2OST and predict: mean and, where the model has one, standard deviation (test spots, genes)."""
-    model = train(training, panel, options, checkpoints)
+    model = train(training, panel, options, checkpoints, encoder)
     return *model.predict(test, device=options.device), model
 
 
@@ -207,7 +216,7 @@ def _run_serial(run: _Run, leaky: Fold, panel: Sequence[str], colours: baselines
     yield from _of_slides(name, "colour_ridge_serial", test, common, ridge)
     if run.serial:
         method = "m2ost_serial"
-        mean, std, _ = _m2ost(training, test, common, run.options, run.checkpoints / method)
+        mean, std, _ = _m2ost(training, test, common, run.options, run.checkpoints / method, run.encoder)
         yield from _of_slides(name, method, test, common, mean, std)
 
 

@@ -26,13 +26,14 @@ of its choice, and turns and flips all levels of a spot alike. With ``tokens="en
 - Any number of levels, window and patch size. A single level has no CTMM; levels beyond the third are cut at
   the same three granularities as the third, since patches would soon be smaller than a pixel.
 - Queries, keys and values of a level come from one matrix, and attention runs through
-  `scaled_dot_product_attention`: the same numbers in less time and memory. Dropout is applied to the
-  outputs of attention, not to its weights, which would leave the fused kernels.
+  `scaled_dot_product_attention`, or in training with few tokens on a CPU through `_ShortAttention`: the same
+  numbers in less time. Dropout is applied to the outputs of attention, not to its weights, which would leave the
+  fused kernels.
 - On a CPU, float32 products go through oneDNN, and patches are cut colour by colour, with the weights of the first
   layer reordered to that: the same numbers again. docs/m2ost.md has what this gives.
 - The normalisation that the ITMM creates and never uses is left out, so every parameter gets a gradient.
 - Nothing is computed that no output depends on: in the last layer only the class tokens and the mean of all
-  tokens go through the CTMM's projection and the CCMM.
+  tokens go through the CTMM's projection, its dropout and the CCMM.
 - Options that the published code lacks, all off in `m2ost_reference`; docs/m2ost.md has what each gives on real
   data, and the other variants have those on that earned it. From the paper, which the code does not follow:
   learned scalar weights in the CTMM (`cross_weights`) and random masks in the ITMM (`mask_ratio`). The field's
@@ -40,7 +41,7 @@ of its choice, and turns and flips all levels of a spot alike. With ``tokens="en
   0 and variance 1, so that a dark patch and a pale one look alike) or windows of which each channel is
   brought to mean 0 and variance 1 (`window_norm`), normalisation before the ITMM (`pre_norm`), a residual around
   the CTMM, without which each layer forgets a level's own tokens (`cross_residual`), position embeddings that
-  start small beside the tokens (`position_std`), `dropout`, stochastic depth (`drop_path`), and a head that
+  start smaller beside the tokens (`position_std`), `dropout`, stochastic depth (`drop_path`), and a head that
   takes the mean of the tokens instead of the class token (`head`).
 
 Published weights are read by `load_published_weights` and `from_published`.
@@ -680,7 +681,6 @@ _RECOMMENDED: dict[str, Any] = {
     "patch_norm": False,
     "pre_norm": True,
     "cross_residual": True,
-    "position_std": 0.02,
 }
 
 

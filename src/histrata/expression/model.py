@@ -84,9 +84,11 @@ class TrainedModel:
             log.warning("the model was not made for this: %s", coarse)
         where = find_device(device)
         network = self.network.to(where).eval()
-        spots: Spots = SpotWindows(sections, self.mpp, self.size)
-        if self.encoder:
-            spots = SpotTokens(sections, self.mpp, self.encoder, self.cache, device=device)
+        spots: Spots = (
+            SpotTokens(sections, self.mpp, self.encoder, self.cache, device=device)
+            if self.encoder
+            else SpotWindows(sections, self.mpp, self.size)
+        )
         shape = (0, len(self.genes)) if self.targets.n_outputs == 1 else (0, self.targets.n_outputs, len(self.genes))
         outputs = [np.zeros(shape, dtype=np.float32)]
         with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
@@ -111,9 +113,8 @@ class _ReadAhead(DataLoader[Batch]):
 def load_batches(windows: Spots, order: Any, batch_size: int) -> DataLoader[Batch]:
     """Load whole batches of windows in an order (indices, or a sampler), one batch ahead of what asks for them."""
     # A loader draws a seed for its workers even without any: not from torch's global generator.
-    source: Any = windows
     kept: Any = _as_it_is
-    return _ReadAhead(source, batch_size=batch_size, sampler=order, collate_fn=kept, generator=torch.Generator())
+    return _ReadAhead(windows, batch_size=batch_size, sampler=order, collate_fn=kept, generator=torch.Generator())
 
 
 def _as_it_is(batch: Batch) -> Batch:

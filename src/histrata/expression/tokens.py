@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from histrata.devices import find_device
 from histrata.encoders import encode, input_size, load_encoder, window_batches
 from histrata.errors import HistrataError
 from histrata.expression.sections import Section
-from histrata.expression.windows import Batch
+from histrata.expression.windows import Spots
 from histrata.files import digest, whole
 
 _SCHEMA_VERSION = 1
@@ -133,36 +132,25 @@ def _digest_of(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
-class SpotTokens(Dataset[Batch]):
-    """Tokens of the spots of some sections at each level's um/px, as `SpotWindows` gives windows.
+class SpotTokens(Spots):
+    """Tokens of the spots of some sections at each level's um/px: float32 (n, tokens, channels).
 
     What the cache does not hold yet is computed here, and stored as float16: `2 * n_tokens * channels` bytes for each
     spot and level. Batches are read by memory map, so that memory does not grow with the slides.
 
     Parameters
     ----------
-    sections
-        Where the spots lie.
-    mpp
-        um/px of each level, finest first.
+    sections, mpp, targets, seed
+        See `Spots`; the side of the windows is the encoder's.
     encoder
         What makes the tokens.
     cache
         Folder of the cached tokens, one `.npy` for each slide and level, named by all that they depend on; any file of
         it may be removed. Where the tokens were computed (CPU or GPU) is no part of the name: they differ by rounding.
-    targets
-        float32 (spots, genes) of all sections one after the other; None for prediction.
-    seed
-        What the order of an epoch is drawn from.
     device
         auto, cpu, cuda or cuda:N; where the encoder runs.
     batch_size
         Windows encoded at once.
-
-    Attributes
-    ----------
-    size
-        Side of the encoder's windows in px.
 
     Raises
     ------
@@ -182,10 +170,7 @@ class SpotTokens(Dataset[Batch]):
         device: str = "cpu",
         batch_size: int = 64,
     ) -> None:
-        self.sections, self.mpp, self.size = list(sections), tuple(mpp), encoder.size
-        self.section_of = np.repeat(np.arange(len(sections)), [len(s.centres) for s in sections])
-        self.centres = np.concatenate([s.centres for s in sections])
-        self.targets, self.seed, self.epoch = targets, seed, 0
+        super().__init__(sections, mpp, encoder.size, targets, seed)
         starts = np.cumsum([0, *(len(s.centres) for s in sections)])
         self._row = np.arange(len(self.centres)) - starts[self.section_of]
         where = find_device(device)
@@ -197,24 +182,14 @@ class SpotTokens(Dataset[Batch]):
         finally:
             encoder.model.to("cpu")  # What is trained on the tokens needs the GPU's memory.
 
-    def __len__(self) -> int:
-        """Return the number of spots."""
-        return len(self.centres)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return float32 (n, tokens, channels) for each level, and the targets (n, genes)."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        levels = [torch.from_numpy(self._read(chosen, stored)) for stored in self._stored]
-        empty = np.empty((len(chosen), 0), dtype=np.float32)
-        targets = empty if self.targets is None else self.targets[chosen]
-        return levels, torch.from_numpy(targets)
+    def _levels(self, chosen: np.ndarray) -> list[np.ndarray]:
+        """Return float32 (n, tokens, channels) for each level."""
+        return [self._read(chosen, stored) for stored in self._stored]
 
     def _read(self, chosen: np.ndarray, stored: Sequence[np.ndarray]) -> np.ndarray:
         """Return float32 (n, tokens, channels) of the chosen spots at one level, from the files of the sections."""
         tokens = np.empty((len(chosen), *stored[0].shape[1:]), dtype=np.float32)
-        sections = self.section_of[chosen]
-        for i in np.unique(sections):
-            rows = np.flatnonzero(sections == i)
+        for i, rows in self._by_section(chosen):
             tokens[rows] = stored[i][self._row[chosen[rows]]]
         return tokens
 

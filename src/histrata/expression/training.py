@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError
-from histrata.expression.metrics import correlation
+from histrata.expression.metrics import correlation, flat
 from histrata.expression.model import TrainedModel, load_batches, scaled
 from histrata.expression.sections import Section, find_coarse, slide_table
 from histrata.expression.targets import LOSSES, Targets, fit_targets
@@ -59,7 +59,9 @@ class _Judge:
         predicted = [model.predict([section], device=str(device))[0] for section in self.sections]
         network.train(was_training)
         truths = (section.targets(model.genes).astype(np.float64) for section in self.sections)
-        return float(np.nanmean([correlation(t, p) for t, p in zip(truths, predicted, strict=True)]))
+        scores = [correlation(t, p) for t, p in zip(truths, predicted, strict=True)]
+        # Some gene varies: see `_keep_patient`.
+        return float(np.nanmean(scores))
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,11 @@ class _Regression(lightning.LightningModule):
             return
         gathered: Any = self.all_gather(torch.tensor([self._sum, self._n], dtype=torch.float64))
         total, n = gathered.reshape(-1, 2).sum(dim=0).tolist()
+        if not math.isfinite(total):
+            raise HistrataError(
+                f"The training diverged: its loss in epoch {self.current_epoch + 1} is {total / n}; lower "
+                "m2ost.learning_rate."
+            )
         self.losses.append(total / n)
         if self.judge:
             self.scores.append(self.judge(self.predictor, self.device))
@@ -275,7 +282,13 @@ class _Regression(lightning.LightningModule):
         return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, self.steps - rise)))
 
 
-def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptions, checkpoints: Path) -> TrainedModel:
+def train(
+    sections: Sequence[Section],
+    panel: Sequence[str],
+    options: M2OSTOptions,
+    checkpoints: Path,
+    encoder: TokenEncoder | None = None,
+) -> TrainedModel:
     """Train a model on the spots of some sections.
 
     Parameters
@@ -283,7 +296,8 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
     sections
         Training sections; everything that is fitted is fitted on them. With `early_stopping`, one of their patients
         is kept to say when to stop, and nothing else is learned from it; with a single patient there is none to
-        keep, and training goes on for all epochs.
+        keep, and where no gene of the panel varies on that patient's slides it cannot say: training then goes on for
+        all epochs, on all patients, with a warning.
     panel
         Genes to predict.
     options
@@ -292,60 +306,36 @@ def train(sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptio
         Folder for the state after each epoch, in one file a training. A run of the same sections, panel and options
         that was stopped goes on from there, to the same result; any other run does not look at it. The caller removes
         it with `remove_checkpoints` when it has no more use for it.
+    encoder
+        What `load_token_encoder` gave for these options, where several trainings share it; None loads it here.
 
     Raises
     ------
     HistrataError
-        For options that do not fit, or a GPU asked for where there is none.
+        For options that do not fit, a GPU asked for where there is none, or a loss that is not finite.
     """
     device = find_device(options.device)
-    learned, kept = _keep_patient(sections, options)
+    learned, kept = _keep_patient(sections, panel, options)
     targets, values = fit_targets(
         learned, panel, options.loss, standardise=options.standardise, smooth_um=options.smooth_um
     )
-    encoder = None
-    if options.tokens == "encoder":
-        encoder = TokenEncoder(str(options.encoder), options.encoder_weights, grid=options.token_grid)
+    encoder = encoder or load_token_encoder(options)
     network, size = _build(panel, targets, options, encoder)
-    architecture: Any = network.config
-    field_um = options.field_um or max(PAPER_FIELD_UM, *(size * section.pyramid.mpp for section in sections))
-    mpp = tuple(options.mpp) or tuple(field_um * wider / size for wider in architecture.fields_of_view)
-    if coarse := find_coarse(sections, mpp[0], size):
-        raise HistrataError(coarse)
-    spots: Spots
-    if encoder:
-        given: Any = {"targets": values, "seed": options.seed, "device": options.device}
-        spots = SpotTokens(learned, mpp, encoder, options.cache, **given)
-    else:
-        spots = SpotWindows(learned, mpp, size, targets=values, augment=True, jitter=options.jitter, seed=options.seed)
-    config = {
-        "model": options.model,
-        "architecture": asdict(architecture),
-        "mpp": list(mpp),
-        "size": size,
-        "fields_um": [size * value for value in mpp],
-        "encoder": encoder and {"name": encoder.name, "grid": encoder.grid, "sha256": encoder.digest},
-        "target": "log1p of counts per 10,000 over the whole library",
-        "likelihood": {"loss": targets.loss, "library": targets.library},
-        "trained_on": {s.slide_id: s.patient_id for s in learned},
-        "stopped_by": {s.slide_id: s.patient_id for s in kept},
-        "n_spots": len(spots),
-        **provenance(
-            {k: v for k, v in asdict(options).items() if k not in _NO_PARAMETERS},
-            {f"{s.slide_id}/{s.folder.spots.name}": s.folder.spots for s in sections}
-            | {f"{s.slide_id}/{s.folder.pyramid.name}": s.folder.pyramid / "zarr.json" for s in sections},
-        ),
-    }
-    key = hashlib.sha256(json.dumps([config, list(panel)], sort_keys=True).encode()).hexdigest()[:16]
-    model = TrainedModel(network, list(panel), targets, mpp, size, config, encoder, options.cache)
+    mpp = _choose_levels(sections, network, size, options)
+    model = TrainedModel(network, list(panel), targets, mpp, size, {}, encoder, options.cache)
+    model = replace(model, config=_describe(model, learned, kept, options))
+    spots = _spots_of(model, learned, values, options)
     steps = options.epochs * -(-len(spots) // options.batch_size)
     module = _Regression(network, targets, options, steps, _Judge(model, kept) if kept else None)
-    _fit(module, spots, options, device, Path(checkpoints) / _CHECKPOINT.format(key))
-    if module.best:
-        module.predictor.load_state_dict(module.best)
-    config["loss"] = [round(loss, 6) for loss in module.losses]
-    config["stopping_score"] = [round(score, 6) for score in module.scores]
-    return replace(model, network=module.predictor.to("cpu"))
+    _fit(module, spots, options, device, Path(checkpoints) / _checkpoint_of(model))
+    return _with_results(model, module)
+
+
+def load_token_encoder(options: M2OSTOptions) -> TokenEncoder | None:
+    """Load the encoder that makes the tokens; None where the tokens are patches."""
+    if options.tokens != "encoder":
+        return None
+    return TokenEncoder(str(options.encoder), options.encoder_weights, grid=options.token_grid)
 
 
 def _build(
@@ -367,18 +357,97 @@ def _build(
     return network, encoder.size if encoder else architecture.size
 
 
-def _keep_patient(sections: Sequence[Section], options: M2OSTOptions) -> tuple[Sequence[Section], Sequence[Section]]:
-    """Return the sections to learn from, and those of the patient that says when to stop."""
-    slides = slide_table(sections)
+def _choose_levels(
+    sections: Sequence[Section], network: nn.Module, size: int, options: M2OSTOptions
+) -> tuple[float, ...]:
+    """Return um/px of each level, finest first; raise where a slide is coarser than the finest."""
+    architecture: Any = network.config
+    field_um = options.field_um or max(PAPER_FIELD_UM, *(size * section.pyramid.mpp for section in sections))
+    mpp = tuple(options.mpp) or tuple(field_um * wider / size for wider in architecture.fields_of_view)
+    if coarse := find_coarse(sections, mpp[0], size):
+        raise HistrataError(coarse)
+    return mpp
+
+
+def _spots_of(model: TrainedModel, learned: Sequence[Section], values: np.ndarray, options: M2OSTOptions) -> Spots:
+    """Return what the network learns from: tokens, or windows that are augmented."""
+    given: Any = {"targets": values, "seed": options.seed}
+    if model.encoder:
+        return SpotTokens(learned, model.mpp, model.encoder, model.cache, device=options.device, **given)
+    return SpotWindows(learned, model.mpp, model.size, augment=True, jitter=options.jitter, **given)
+
+
+def _describe(
+    model: TrainedModel, learned: Sequence[Section], kept: Sequence[Section], options: M2OSTOptions
+) -> dict[str, Any]:
+    """Say what a model is and what it is made from, as far as it is known before the training."""
+    architecture: Any = model.network.config
+    encoder, targets = model.encoder, model.targets
+    parameters = {k: v for k, v in asdict(options).items() if k not in _NO_PARAMETERS}
+    sections = [*learned, *kept]
+    inputs = {f"{s.slide_id}/{s.folder.spots.name}": s.folder.spots for s in sections}
+    inputs |= {f"{s.slide_id}/{s.folder.pyramid.name}": s.folder.pyramid / "zarr.json" for s in sections}
+    return {
+        "model": options.model,
+        "architecture": asdict(architecture),
+        "mpp": list(model.mpp),
+        "size": model.size,
+        "fields_um": [model.size * value for value in model.mpp],
+        "encoder": encoder and {"name": encoder.name, "grid": encoder.grid, "sha256": encoder.digest},
+        "target": "log1p of counts per 10,000 over the whole library",
+        "likelihood": {"loss": targets.loss, "library": targets.library},
+        "trained_on": {s.slide_id: s.patient_id for s in learned},
+        "stopped_by": {s.slide_id: s.patient_id for s in kept},
+        "n_spots": sum(len(s.centres) for s in learned),
+        **provenance(parameters, inputs),
+    }
+
+
+def _checkpoint_of(model: TrainedModel) -> str:
+    """Return the name of the file that keeps a training's state: it depends on all that the training does."""
+    known = json.dumps([model.config, model.genes], sort_keys=True)
+    return _CHECKPOINT.format(hashlib.sha256(known.encode()).hexdigest()[:16])
+
+
+def _with_results(model: TrainedModel, module: _Regression) -> TrainedModel:
+    """Return the model with the weights that predict, of the best epoch where one was chosen, and its figures."""
+    if module.best:
+        module.predictor.load_state_dict(module.best)
+    figures = {"loss": module.losses, "stopping_score": module.scores}
+    rounded = {name: [round(value, 6) for value in values] for name, values in figures.items()}
+    return replace(model, network=module.predictor.to("cpu"), config=model.config | rounded)
+
+
+def _keep_patient(
+    sections: Sequence[Section], panel: Sequence[str], options: M2OSTOptions
+) -> tuple[Sequence[Section], Sequence[Section]]:
+    """Return the sections to learn from, and those of the patient that says when to stop; none where none can."""
+    if not options.early_stopping:
+        return sections, ()
     everything = Fold("early_stopping", tuple(s.slide_id for s in sections), ())
-    fold = make_validation(everything, slides, options.seed) if options.early_stopping else None
-    if options.early_stopping and fold is None:
+    fold = make_validation(everything, slide_table(sections), options.seed)
+    if fold is None:
         log.warning(
             "Early stopping needs a second training patient; training goes on for all %d epochs", options.epochs
         )
-    if fold is None:
         return sections, ()
-    return [s for s in sections if s.slide_id in fold.train], [s for s in sections if s.slide_id in fold.test]
+    kept = [s for s in sections if s.slide_id in fold.test]
+    if not any(_varies(s, panel) for s in kept):
+        log.warning(
+            "Early stopping needs genes that vary, and none of the panel's %d does on the slides of patient %s; "
+            "training goes on for all %d epochs, on all patients",
+            len(panel),
+            ", ".join(sorted({s.patient_id for s in kept})),
+            options.epochs,
+        )
+        return sections, ()
+    return [s for s in sections if s.slide_id in fold.train], kept
+
+
+def _varies(section: Section, panel: Sequence[str]) -> bool:
+    """Whether any gene of a panel was measured on a section and is not the same at all of its spots."""
+    truth = section.targets(panel).astype(np.float64)
+    return bool((~flat(truth) & ~np.isnan(truth).any(axis=0)).any())
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,25 +14,8 @@ from histrata.expression.sections import Section
 Batch = tuple[list[torch.Tensor], torch.Tensor]
 
 
-class Spots(Protocol):
-    """What a loader takes: spots of some sections, with what a network is given of them."""
-
-    seed: int
-    epoch: int
-    section_of: np.ndarray
-
-    def __len__(self) -> int:
-        """Return the number of spots."""
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return a tensor (n, ...) for each level, and the targets (n, genes)."""
-
-
-class SpotWindows(Dataset[Batch]):
-    """Windows around the spots of some sections, at each level's um/px.
-
-    A batch is fetched as a whole (`__getitems__`): its windows are grouped by slide and read together, by threads
-    that leave the GIL, so that a loader needs no worker processes.
+class Spots(Dataset[Batch], ABC):
+    """The spots of some sections, with what a network is given of them; fetched in whole batches (`__getitems__`).
 
     Parameters
     ----------
@@ -44,12 +27,66 @@ class SpotWindows(Dataset[Batch]):
         Side of the windows in px.
     targets
         float32 (spots, genes) of all sections one after the other; None for prediction.
+    seed
+        With the epoch, what the order of the spots is drawn from.
+
+    Attributes
+    ----------
+    section_of
+        (spots,) index of each spot's section.
+    centres
+        (spots, 2) in level-0 px.
+    epoch
+        Set by the training.
+    """
+
+    def __init__(
+        self, sections: Sequence[Section], mpp: Sequence[float], size: int, targets: np.ndarray | None, seed: int
+    ) -> None:
+        self.sections, self.mpp, self.size = list(sections), tuple(mpp), size
+        self.section_of = np.repeat(np.arange(len(sections)), [len(s.centres) for s in sections])
+        self.centres = np.concatenate([s.centres for s in sections])
+        self.targets, self.seed, self.epoch = targets, seed, 0
+
+    def __len__(self) -> int:
+        """Return the number of spots."""
+        return len(self.centres)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return a tensor (n, ...) for each level, and the targets (n, genes)."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        levels = [torch.from_numpy(level) for level in self._levels(chosen)]
+        empty = np.empty((len(chosen), 0), dtype=np.float32)
+        targets = empty if self.targets is None else self.targets[chosen]
+        return levels, torch.from_numpy(targets)
+
+    @abstractmethod
+    def _levels(self, chosen: np.ndarray) -> list[np.ndarray]:
+        """Return an array (n, ...) for each level of the chosen spots."""
+
+    def _by_section(self, chosen: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Give the index of each section that has some of the chosen spots, and which of them."""
+        sections = self.section_of[chosen]
+        for i in np.unique(sections):
+            yield int(i), np.flatnonzero(sections == i)
+
+
+class SpotWindows(Spots):
+    """Windows around the spots of some sections, at each level's um/px: uint8 (n, 3, size, size).
+
+    The windows of a batch are grouped by slide and read together, by threads that leave the GIL, so that a loader
+    needs no worker processes.
+
+    Parameters
+    ----------
+    sections, mpp, size, targets
+        See `Spots`.
     augment
         Whether windows are flipped and turned (the same way at all levels of a spot) and jittered in colour.
     jitter
         Largest relative change of each colour channel's scale, drawn for each level.
     seed
-        With the epoch and the spot, what an augmentation is drawn from.
+        See `Spots`; with the epoch and the spot, an augmentation is drawn from it, too.
     """
 
     def __init__(
@@ -63,33 +100,21 @@ class SpotWindows(Dataset[Batch]):
         jitter: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.sections, self.mpp, self.size = list(sections), tuple(mpp), size
-        self.section_of = np.repeat(np.arange(len(sections)), [len(s.centres) for s in sections])
-        self.centres = np.concatenate([s.centres for s in sections])
-        self.targets = targets
-        self.augment, self.jitter, self.seed = augment, jitter, seed
-        self.epoch = 0
+        super().__init__(sections, mpp, size, targets, seed)
+        self.augment, self.jitter = augment, jitter
 
-    def __len__(self) -> int:
-        """Return the number of spots."""
-        return len(self.centres)
-
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """Return uint8 (n, 3, size, size) windows for each level, and the targets (n, genes)."""
-        chosen = np.asarray(indices)
+    def _levels(self, chosen: np.ndarray) -> list[np.ndarray]:
+        """Return uint8 (n, 3, size, size) windows for each level."""
         levels = [self.read(chosen, mpp) for mpp in self.mpp]
         if self.augment:
             for row, index in enumerate(chosen):
                 self._augment(levels, row, int(index))
-        empty = np.empty((len(chosen), 0), dtype=np.float32)
-        targets = empty if self.targets is None else self.targets[chosen]
-        return [torch.from_numpy(level) for level in levels], torch.from_numpy(targets)
+        return levels
 
     def read(self, chosen: np.ndarray, mpp: float) -> np.ndarray:
         """Return uint8 (n, 3, size, size) windows of the chosen spots at `mpp` um/px, as they are on the slide."""
         windows = np.empty((len(chosen), 3, self.size, self.size), dtype=np.uint8)
-        for i in np.unique(self.section_of[chosen]):
-            rows = np.flatnonzero(self.section_of[chosen] == i)
+        for i, rows in self._by_section(chosen):
             windows[rows], _ = self.sections[i].pyramid.windows(self.centres[chosen[rows]], mpp, self.size)
         return windows
 
