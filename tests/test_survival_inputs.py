@@ -674,7 +674,7 @@ def test_shuffling_the_rows_of_any_input_changes_nothing(tmp_path):
 
 def write_follow_up(path, n=24, seed=0):
     rng = np.random.default_rng(seed)
-    sheet = sheet_of([f"p{i:02d}" for i in range(n)], age=rng.normal(size=n), centre=list("uv") * (n // 2))
+    sheet = sheet_of([f"p{i:02d}" for i in range(n)], age=rng.normal(size=n), centre=list("uuvv") * (n // 4))
     sheet.sample(frac=1, random_state=seed).to_csv(path, sep="\t", index=False)
     return [f"p{i:02d}" for i in range(n)], rng
 
