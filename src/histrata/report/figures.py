@@ -165,8 +165,16 @@ def _draw_names(axes: Axes, places: np.ndarray, shown: float, values: pd.Categor
         spots.set(linewidth=0)
         axes.add_collection(spots)
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    where = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.01), "ncols": 2}
-    axes.legend(handles=handles, fontsize=6.5, frameon=False, handlelength=0.8, columnspacing=0.8, **where)
+    axes.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.01),
+        ncols=2,
+        fontsize=6.5,
+        frameon=False,
+        handlelength=0.8,
+        columnspacing=0.8,
+    )
 
 
 def _spread(xy: np.ndarray, diameter: float) -> float:

@@ -89,7 +89,9 @@ class Cohort:
     @property
     def has_rna(self) -> NDArray[np.bool_]:
         """Whether there is any RNA of the patient, bool (patients,)."""
-        return np.zeros(len(self), bool) if self.rna is None else np.isfinite(self.rna).any(axis=1)
+        if self.rna is None:
+            return np.zeros(len(self), bool)
+        return np.asarray(np.isfinite(self.rna).any(axis=1))
 
     def take(self, patient_ids: Sequence[str]) -> Cohort:
         """Return the cohort of these patients alone."""

@@ -203,7 +203,7 @@ def _check(cohort: Cohort, folds: Sequence[Fold], seeds: Sequence[int]) -> None:
 def _horizons(followed: Cohort) -> tuple[float, ...]:
     """Quartiles of the observed event times, to three figures; only where figures are read, no model depends on it."""
     observed = followed.time[followed.event]
-    quartiles = np.percentile(observed, [25, 50, 75]) if len(observed) else []
+    quartiles: list[float] = np.percentile(observed, [25, 50, 75]).tolist() if len(observed) else []
     return tuple(dict.fromkeys(float(f"{q:.3g}") for q in quartiles))
 
 
@@ -306,7 +306,7 @@ def _predict(
             "finite number; a model must answer for every patient, also where a modality is missing."
         )
     tau = float(common["tau"].iloc[0])
-    horizons = [float(common[c].iloc[0]) for c in common if c.startswith("horizon_")]
+    horizons = [float(common[c].iloc[0]) for c in map(str, common) if c.startswith("horizon_")]
     parts = {"survival": np.asarray(times, np.float64).reshape(-1), "late": np.array(horizons)}
     parts |= {"grid": brier_grid(tau), "own": np.unique(test.time)}
     curves = model.survival(test, np.concatenate(list(parts.values())))
@@ -358,7 +358,11 @@ class _Judged:
 
     def predictions(self) -> pd.DataFrame:
         private = ("seed", "tau", "n_train", "uno_weight", "brier", "brier_km", "own")
-        shown = [c for c in self.held if c not in private and not c.startswith(("case_weight_", "horizon_", "late_"))]
+        shown = [
+            c
+            for c in map(str, self.held)
+            if c not in private and not c.startswith(("case_weight_", "horizon_", "late_"))
+        ]
         first = ["method", "fold", "patient_id", "time", "event", "risk", "rank", "high"]
         return self.held[first + [c for c in shown if c not in first]]
 

@@ -37,8 +37,10 @@ class Explained:
         networks = [m for m in models if isinstance(m, NetworkModel) and m.features]
         if method != self.main or not networks or self.cohort.bags is None:
             return
-        for slide in self.slides[self.slides["patient_id"].isin(patients)].itertuples():
-            instances = self.cohort.bags.instances[slide.row : slide.row + slide.n_spots]
+        asked = self.slides[self.slides["patient_id"].isin(patients)]
+        columns = (asked["slide_id"], asked["path"].map(Path), asked["row"].astype(int), asked["n_spots"].astype(int))
+        for slide, path, row, n_spots in zip(*columns, strict=True):
+            instances = self.cohort.bags.instances[row : row + n_spots]
             if not len(instances):
                 continue
             told = [network.explain(instances) for network in networks]
@@ -47,9 +49,9 @@ class Explained:
                     "risk_contribution": np.mean([contribution for contribution, _ in told], axis=0),
                     "prototype": [networks[0].name_prototype(int(index)) for index in told[0][1]],
                 },
-                index=spots_of(Path(slide.path)),
+                index=spots_of(path),
             )
-            self.found[str(slide.slide_id)] = (Path(slide.path), found, fold)
+            self.found[str(slide)] = (path, found, fold)
 
     def rest(self, final: SurvivalModel) -> None:
         """Look at the slides that no fold held out with the final model."""

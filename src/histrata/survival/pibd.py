@@ -219,7 +219,8 @@ class PIBDConfig:
 
 def _check_value(name: str, value: Any, kind: type) -> None:
     # An exact comparison, since True is an int to isinstance.
-    if not (type(value) is kind or (kind is float and type(value) is int)):
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if not fits:
         raise HistrataError(f"{name} is {value!r}, where a value of type {kind.__name__} is expected")
     if name in _CHOICES and value not in _CHOICES[name]:
         raise HistrataError(f"{name} is {value!r}, where one of {', '.join(_CHOICES[name])} is expected")
@@ -423,9 +424,9 @@ class Disentangling(nn.Module):
         tokens = [joint[:, None], *(group for group, _ in groups)]
         qkv = [self._split(self.to_qkv(self.norm(x))) for x in tokens]
         known = [torch.ones_like(joint[:, :1], dtype=torch.bool), *(mask for _, mask in groups)]
-        everything = [torch.cat(parts, dim=2) for parts in zip(*(x[1:] for x in qkv), strict=True)]
-        attended = [self._attend(qkv[0][0], *everything, torch.cat(known, dim=1))]
-        attended += [self._attend(*x, mask) for x, mask in zip(qkv[1:], known[1:], strict=True)]
+        keys, values = (torch.cat([x[part] for x in qkv], dim=2) for part in (1, 2))
+        attended = [self._attend(qkv[0][0], keys, values, torch.cat(known, dim=1))]
+        attended += [self._attend(q, k, v, mask) for (q, k, v), mask in zip(qkv[1:], known[1:], strict=True)]
         out = [self._feed(x, a) for x, a in zip(tokens, attended, strict=True)]
         pooled = [
             torch.where(mask[..., None], x, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)[:, None]
@@ -433,9 +434,10 @@ class Disentangling(nn.Module):
         ]
         return pooled[0], pooled[1:]
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Turn (n, m, 3 dim) into three of (n, heads, m, dim of a head)."""
-        return tuple(x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+        return q, k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, known: Tensor) -> Tensor:
         # Who has no token attends to the first, which is zero, rather than to none: no NaN, and nobody looks.
@@ -537,9 +539,8 @@ class PIBD(SurvivalNetwork):
         common, specific = self.disentangling(joint, groups)
         embedding = self.hidden(torch.cat([common, *specific], dim=1))
         logits = self.head(functional.dropout(embedding, self.config.dropout, self.training))
-        stacked = (torch.stack(parts, dim=1) for parts in (similarity, assignment))
-        evidence = self._evidence(inputs)
-        return Outputs(logits, embedding, *stacked, present, common, torch.stack(specific, dim=1), evidence)
+        near, weights, own = (torch.stack(parts, dim=1) for parts in (similarity, assignment, specific))
+        return Outputs(logits, embedding, near, weights, present, common, own, self._evidence(inputs))
 
     def _evidence(self, inputs: Inputs) -> Tensor:
         """Return what some instances of each bag, drawn at random, say of the outcome, (n,)."""
