@@ -52,7 +52,7 @@ def image(tmp_path: Path) -> Path:
 def test_the_commands_are_those_of_the_design() -> None:
     assert {" ".join(words) for words in LEAVES} == {
         "check", "pyramid", "tissue", "spots", "embed", "m2ost train", "m2ost evaluate", "m2ost predict",
-        "survival train", "survival evaluate", "report", "demo-data",
+        "survival train", "survival evaluate", "survival predict", "report", "demo-data",
     }  # fmt: skip
 
 

@@ -152,7 +152,7 @@ COMMANDS = {
 NO_OPTION = {
     ("m2ost", "evaluate"): {"pretrained"},
     ("m2ost", "train"): {"pretrained", "folds", "k", "controls", "single_level", "serial"},
-    ("survival", "train"): {"folds", "seed"},
+    ("survival", "train"): {"basic_covariates", "controls", "folds", "given_folds", "horizons", "tau", "seed"},
 }
 
 

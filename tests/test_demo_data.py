@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from histrata.demo import write_demo
 from histrata.demo.aperio import write_svs
 from histrata.demo.biology import draw_compositions, draw_follow_up, log_hazards
+from histrata.demo.cohort import PLANTED_SET, write_cohort
 from histrata.demo.picture import KINDS
 from histrata.errors import HistrataError
 from histrata.files import digest
@@ -243,3 +244,40 @@ def test_small_cohorts_have_finite_follow_up() -> None:
     sheet, event_time = draw_follow_up(["only"], np.zeros(1), np.random.default_rng(0))
     assert math.isfinite(sheet["time"][0])
     assert math.isfinite(event_time[0])
+
+
+def test_a_survival_cohort_holds_what_was_planted_in_each_modality(tmp_path: Path) -> None:
+    write_cohort(tmp_path / "a", patients=120, seed=3)
+    sheet, truth = table(tmp_path / "a" / "patients.tsv"), table(tmp_path / "a" / "truth" / "patients.tsv")
+    with np.load(tmp_path / "a" / "instances.npz", allow_pickle=False) as bags:
+        features, owners = bags["features"], bags["patient_id"]
+    kinds = table(tmp_path / "a" / "truth" / "instances.tsv")
+    assert list(kinds["patient_id"]) == owners.tolist()
+    assert set(owners) == set(sheet["patient_id"])
+    share = (kinds["kind"] == "aggressive").groupby(kinds["patient_id"]).mean()
+    assert np.corrcoef(share[truth["patient_id"]], truth["aggressive"])[0, 1] > 0.7
+    centres = pd.DataFrame(features).groupby(kinds["kind"].to_numpy()).mean()
+    nearest = ((features[:, None] - centres.to_numpy()) ** 2).sum(axis=2).argmin(axis=1)
+    assert (centres.index.to_numpy()[nearest] == kinds["kind"]).mean() > 0.95
+    rna = table(tmp_path / "a" / "rna.tsv.gz", index_col=0)
+    sets = {
+        line.split("\t")[0]: line.split("\t")[2:] for line in (tmp_path / "a/gene_sets.gmt").read_text().splitlines()
+    }
+    assert list(rna.index) == list(sheet["patient_id"])
+    of_planted = np.abs(pearson(rna[sets[PLANTED_SET]].to_numpy(), truth[["program"]].to_numpy())).mean()
+    of_other = np.abs(pearson(rna[sets["OTHER_PROGRAM_01"]].to_numpy(), truth[["program"]].to_numpy())).mean()
+    assert of_planted > 0.4 > 0.2 > of_other
+    for column in ("aggressive", "program"):
+        half = sheet["time"][truth[column] > truth[column].median()].median()
+        assert half < sheet["time"][truth[column] <= truth[column].median()].median()
+
+
+def test_a_survival_cohort_is_the_same_bytes_again_and_replaces_nothing(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_cohort(tmp_path / name, patients=20, seed=1)
+    for path in sorted((tmp_path / "a").rglob("*.*")):
+        assert digest(path) == digest(tmp_path / "b" / path.relative_to(tmp_path / "a"))
+    with pytest.raises(HistrataError, match="is not empty"):
+        write_cohort(tmp_path / "a", patients=20)
+    with pytest.raises(HistrataError, match="20 or more"):
+        write_cohort(tmp_path / "c", patients=3)

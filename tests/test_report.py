@@ -12,14 +12,16 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 from PIL import Image
 
-from histrata.errors import HistrataError
+from histrata.errors import HistrataError, TableError
 from histrata.expression.metrics import METRICS, summarise
 from histrata.files import write_tsv
 from histrata.report import write_report
 from histrata.report.charts import Bar, draw_coverage, draw_methods
-from histrata.report.figures import Picture, draw_gene
+from histrata.report.figures import Picture, draw_values
+from histrata.survival.spots import write_spots
 from histrata.tables import on_spots, spots_table, write_table
 
 GENES = ["COL1A1", "ERBB2", "FASN", "GAPDH"]
@@ -150,8 +152,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_evaluation(results, _evaluation({"constant": 0.0, "colour_ridge": 0.2, "m2ost": 0.5}))
     (results / "m2ost" / "model").mkdir()
     (results / "m2ost" / "model" / "config.json").write_text(json.dumps({"trained_on": {"A": "p-A"}, "loss": [1, 0.5]}))
-    survival = [("constant", "harrell_c", 0.5, 0.5, 0.5, 12), ("mean_pool", "harrell_c", 0.7, 0.4, 0.9, 12)]
-    columns = ["method", "metric", "mean", "ci_low", "ci_high", "n_patients"]
+    survival = [
+        ("constant", "harrell_c", 0.5, 0.5, 0.5, 12, ""),
+        ("mean_pool", "harrell_c", 0.7, 0.4, 0.9, 12, ""),
+        ("mean_pool", "harrell_c", 0.2, -0.1, 0.4, 12, "constant"),
+    ]
+    columns = ["method", "metric", "mean", "ci_low", "ci_high", "n_patients", "baseline"]
     write_tsv(pd.DataFrame(survival, columns=columns), results / "survival" / "summary.tsv")
     pooled = {"fold": "pooled", "method": "constant", "metric": "harrell_c", "value": 0.5}
     write_tsv(pd.DataFrame([pooled | {"n_patients": 12, "n_events": 7}]), results / "survival" / "evaluation.tsv")
@@ -431,6 +437,24 @@ def test_survival_comes_with_its_caveat(page: str) -> None:
     assert len(_alts(survival)) == 1
 
 
+def test_risk_and_prototypes_are_drawn_on_the_tissue(results: Path) -> None:
+    embedding = results / "slides" / "A" / "spots.h5ad"
+    seen = ad.read_h5ad(embedding).obs_names[:9]
+    found = pd.DataFrame({"risk_contribution": np.arange(9.0), "prototype": list("aab" * 3)}, index=seen)
+    write_spots(embedding, found, results / "survival" / "spots" / "A.h5ad", "f0", {})
+    write_spots(embedding, found[:0], results / "survival" / "spots" / "B.h5ad", "final", {})
+    table = ad.read_h5ad(results / "survival" / "spots" / "A.h5ad")
+    assert table.obs["risk_contribution"].notna().sum() == 9
+    assert table.obs.loc[seen, "prototype"].tolist() == list("aab" * 3)
+    sc.pl.spatial(table, color=["risk_contribution", "prototype"], library_id="A", show=False)
+    survival = _part(_page(results), "survival")
+    assert _alts(survival)[1:] == ["Risk and prototypes on the tissue of A"]
+    assert "A, by the model of fold f0" in survival
+    with pytest.raises(TableError, match="no spot '1'"):
+        write_spots(embedding, found.set_axis(list("x12345678")), results / "x.h5ad", "f0", {})
+    assert not (results / "x.h5ad").exists()
+
+
 def test_timings_are_summed_by_rule(page: str) -> None:
     run = _part(page, "run")
     assert [_words(row) for row in re.findall(r"<tr>.*?</tr>", run)][1:] == ["pyramid 2 1 min 31 s 1 min 1 s 100"]
@@ -546,8 +570,8 @@ def test_no_results_and_no_config(results: Path, tmp_path: Path) -> None:
 def test_genes_are_drawn_for_any_number_of_spots(n: int) -> None:
     xy = np.random.default_rng(0).uniform(0, 1000, (n, 2))
     image = np.full((60, 60, 3), 200, np.uint8)
-    one = draw_gene(image, 0.06, xy, 20.0, 0.5, {"predicted": np.zeros(n)})
-    two = draw_gene(image, 0.06, xy, 20.0, 0.5, {"measured": np.arange(n), "predicted": np.zeros(n)})
+    one = draw_values(image, 0.06, xy, 20.0, 0.5, {"predicted": np.zeros(n)})
+    two = draw_values(image, 0.06, xy, 20.0, 0.5, {"measured": np.arange(n), "predicted": np.zeros(n)})
     assert isinstance(one, Picture)
     assert one.kind == "jpeg"
     assert two.width > 1.7 * one.width

@@ -15,16 +15,18 @@ from lifelines.utils import concordance_index
 from histrata.errors import HistrataError, LeakError, SheetError, TableError
 from histrata.folds import Fold, make_patient_folds
 from histrata.survival import (
+    Inputs,
+    SurvivalOptions,
     cox_methods,
     evaluate,
     evaluate_survival,
     fit_cox,
+    fit_main,
     load_cox,
     read_cohort,
     train,
-    train_survival,
 )
-from histrata.survival.evaluation import (
+from histrata.survival.metrics import (
     brier_scores,
     censoring_survival,
     concordance,
@@ -303,15 +305,16 @@ def test_a_model_without_an_event_or_with_odd_parameters_is_refused():
     with pytest.raises(HistrataError, match="penalizer"):
         fit_cox(cohort, pool=False, covariates=True, penalizer=0)
     bare = read_cohort(cohort.patients.reset_index()[["patient_id", "time", "event"]], [])
-    with pytest.raises(HistrataError, match="neither embeddings nor covariates"):
-        train_survival(bare)
+    with pytest.raises(HistrataError, match="neither embeddings, instances, RNA nor covariates"):
+        fit_main(bare, SurvivalOptions())
 
 
 # --- the evaluation -----------------------------------------------------------------------------
 
 
 def pooled(result, method, metric="harrell_c"):
-    return result.summary.set_index(["method", "metric"]).loc[(method, metric)]
+    own = result.summary[result.summary["baseline"] == ""]
+    return own.set_index(["method", "metric"]).loc[(method, metric)]
 
 
 def test_a_planted_signal_is_found(inputs):
@@ -379,16 +382,16 @@ def test_files_do_not_depend_on_the_order_of_any_row(inputs, tmp_path):
         shuffled.append(out)
     sheet.to_csv(tmp_path / "a.tsv", sep="\t", index=False)
     sheet.sample(frac=1, random_state=1).to_csv(tmp_path / "b.tsv", sep="\t", index=False)
-    evaluate(tmp_path / "a.tsv", paths, tmp_path / "a")
-    evaluate(tmp_path / "b.tsv", shuffled, tmp_path / "b")
+    evaluate(Inputs(tmp_path / "a.tsv", paths), tmp_path / "a")
+    evaluate(Inputs(tmp_path / "b.tsv", shuffled), tmp_path / "b")
     for name in ("evaluation.tsv", "summary.tsv", "kaplan_meier.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     a, b = (ad.read_h5ad(tmp_path / side / "cohort.h5ad") for side in "ab")
     pd.testing.assert_frame_equal(a.obs, b.obs, check_exact=True)
     np.testing.assert_array_equal(a.X, b.X)
     np.testing.assert_array_equal(a.obsm["survival"], b.obsm["survival"])
-    train(tmp_path / "a.tsv", paths, tmp_path / "a" / "model", summary=tmp_path / "a" / "summary.tsv")
-    train(tmp_path / "b.tsv", shuffled, tmp_path / "b" / "model", summary=tmp_path / "b" / "summary.tsv")
+    train(Inputs(tmp_path / "a.tsv", paths), tmp_path / "a" / "model", summary=tmp_path / "a" / "summary.tsv")
+    train(Inputs(tmp_path / "b.tsv", shuffled), tmp_path / "b" / "model", summary=tmp_path / "b" / "summary.tsv")
     for name in ("model.safetensors", "card.md"):
         assert (tmp_path / "a/model" / name).read_bytes() == (tmp_path / "b/model" / name).read_bytes(), name
 
@@ -403,7 +406,7 @@ def test_a_small_cohort_from_files_to_scanpy(tmp_path):
     sheet = sheet.astype({"event": "Int64"})
     sheet.drop(index=12).to_csv(tmp_path / "patients.tsv", sep="\t", index=False)
     out = tmp_path / "survival"
-    evaluate(tmp_path / "patients.tsv", paths, out)
+    evaluate(Inputs(tmp_path / "patients.tsv", paths), out)
     table = sc.read_h5ad(out / "cohort.h5ad")
     assert table.obs_names.tolist() == [f"p{i:02d}" for i in range(13)]
     assert table.obs.loc[["p02", "p12"], "fold"].tolist() == ["final", "final"]
@@ -417,18 +420,21 @@ def test_a_small_cohort_from_files_to_scanpy(tmp_path):
     sc.tl.rank_genes_groups(table, "risk_group")
     assert "rank_genes_groups" in table.uns
     summary = pd.read_csv(out / "summary.tsv", sep="\t")
-    assert set(summary["method"]) == {"constant", "covariates", "mean_pool", "mean_pool_covariates"}
+    assert set(summary["method"]) == {
+        *("constant", "covariates", "mean_pool", "late_fusion", "prototypes", "attention_mil", "cox"),
+        *("cox_shuffled_covariates", "cox_shuffled_bags"),
+    }
     assert (out / "kaplan_meier.png").stat().st_size > 5000
 
-    train(tmp_path / "patients.tsv", paths, out / "model", summary=out / "summary.tsv")
+    train(Inputs(tmp_path / "patients.tsv", paths), out / "model", summary=out / "summary.tsv")
     model = load_cox(out / "model")
     cohort = read_cohort(sheet.drop(index=12), paths)
-    np.testing.assert_array_equal(model.risk(cohort), train_survival(cohort)[0].risk(cohort))
+    np.testing.assert_array_equal(model.risk(cohort), fit_main(cohort, SurvivalOptions())[0].risk(cohort))
     card = (out / "model" / "card.md").read_text()
     assert "11 patients with follow-up" in card
     assert "| constant | harrell_c | 0.500 |" in card
     before = (out / "cohort.h5ad").read_bytes()
-    evaluate(tmp_path / "patients.tsv", paths, out)
+    evaluate(Inputs(tmp_path / "patients.tsv", paths), out)
     assert (out / "cohort.h5ad").read_bytes() == before
 
 
@@ -437,14 +443,14 @@ def test_too_few_events_leave_nothing_behind(inputs, tmp_path):
     lonely = sheet.assign(event=[1] + [0] * (len(sheet) - 1))
     lonely.to_csv(tmp_path / "patients.tsv", sep="\t", index=False)
     with pytest.raises(HistrataError, match="at least 2"):
-        evaluate(tmp_path / "patients.tsv", paths, tmp_path / "out")
+        evaluate(Inputs(tmp_path / "patients.tsv", paths), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_other_features_or_format_is_refused(inputs, tmp_path):
     sheet, paths = inputs
     cohort = read_cohort(sheet, paths)
-    model, _ = train_survival(cohort)
+    model, _ = fit_main(cohort, SurvivalOptions())
     other = type(cohort)(cohort.patients, cohort.pool[:, :3], cohort.features[:3], (), cohort.slides)
     with pytest.raises(TableError, match="embed them"):
         model.risk(other)

@@ -217,6 +217,9 @@ def test_a_bad_sheet_ends_in_one_sentence(tmp_path, sheet, expected):
         ("m2ost: {pretrained: elsewhere}", "m2ost.pretrained is"),
         ("m2ost: {n_genes: 0}", "m2ost.n_genes is 0"),
         ("patients: patients.tsv", "embed.encoder"),
+        ("survival: {gene_sets: sets.gmt}", "survival.rna is not"),
+        ("survival: {rna: rna.csv}", "survival.rna is"),
+        ("survival: {rna: predicted}", "no slide has an expression"),
     ],
 )
 def test_a_bad_configuration_ends_in_one_sentence(tmp_path, config, expected):
@@ -225,6 +228,17 @@ def test_a_bad_configuration_ends_in_one_sentence(tmp_path, config, expected):
     said = snakemake(tmp_path, code=2)
     assert [line for line in said.splitlines() if line.startswith("error:") and expected in line]
     assert "Traceback" not in said
+
+
+def test_survival_needs_no_slide_where_instances_or_rna_are_given(tmp_path):
+    (tmp_path / "slides.tsv").write_text("slide_id\tpath\nA\ta.svs\n")
+    (tmp_path / "patients.tsv").write_text("patient_id\ttime\tevent\nP\t1\t0\n")
+    (tmp_path / "rna.csv").write_text("id,G\nP,1\n")
+    (tmp_path / "config.yaml").write_text("slides: slides.tsv\npatients: patients.tsv\nsurvival: {rna: rna.csv}\n")
+    said = snakemake(tmp_path, "--dry-run", "results/survival/model", "--printshellcmds")
+    assert f"--rna {tmp_path / 'rna.csv'}" in said
+    assert {"survival_evaluate", "survival_train"} <= set(said.split())
+    assert not {"check", "embed", "pyramid"} & set(said.split())
 
 
 def test_the_real_configurations_plan(data, tmp_path):

@@ -20,6 +20,8 @@ from histrata.folders import SlideFolder
 
 if TYPE_CHECKING:
     from histrata.expression.training import M2OSTOptions
+    from histrata.survival.inputs import Inputs as SurvivalInputs
+    from histrata.survival.plan import SurvivalOptions
 
 app = typer.Typer(
     name="histrata",
@@ -37,8 +39,9 @@ app.add_typer(survival, name="survival")
 
 def main() -> None:
     """Run the command; a mistake that the user can mend is one sentence and exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("lightning", "lightning.pytorch", "httpx", "huggingface_hub", "timm", "fontTools"):
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("histrata").setLevel(logging.INFO)
+    for noisy in ("lightning", "lightning.pytorch", "timm"):  # which set levels of their own
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()
@@ -314,13 +317,18 @@ Checkpoints = Annotated[
 
 def _model_options(pairs: list[str]) -> dict[str, Any]:
     """Turn key=value pairs into a dictionary; values are read as YAML."""
-    options = {}
+    return {key: yaml.safe_load(value) for key, value in _pairs("--model-option", pairs, "depth=4").items()}
+
+
+def _pairs(option: str, pairs: list[str], such_as: str = "stain=HE") -> dict[str, str]:
+    """Turn key=value pairs into a dictionary of text."""
+    chosen = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise HistrataError(f"--model-option '{pair}' has no '='; write it as key=value, such as depth=4")
-        options[key] = yaml.safe_load(value)
-    return options
+            raise HistrataError(f"{option} '{pair}' has no '='; write it as key=value, such as {such_as}")
+        chosen[key] = value
+    return chosen
 
 
 def _m2ost_options(given: dict[str, Any], cache: Path) -> M2OSTOptions:
@@ -498,41 +506,122 @@ def m2ost_predict(
 
 
 Patients = Annotated[Path, typer.Argument(help="The patient sheet (TSV).")]
-Embeddings = Annotated[list[Path], typer.Argument(help="Result folders of the slides, with embedding.h5ad.")]
+Embeddings = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Result folders of the slides, with embedding.h5ad (expression.h5ad for --rna predicted)."),
+]
 Covariates = Annotated[
     list[str] | None, typer.Option("--covariate", help="Column of the sheet to use; default: all of them.")
 ]
-Components = Annotated[int, typer.Option(min=1, help="Principal components of the mean embedding.")]
-Penalizer = Annotated[float, typer.Option(min=0, help="Strength of the ridge of the Cox model.")]
+Instances = Annotated[
+    Path | None,
+    typer.Option(
+        help="Instances in place of the slides' embeddings: .npz, .h5, .h5ad, .csv or .tsv, or a folder of "
+        "TRIDENT or CLAM features."
+    ),
+]
+InstancesWhere = Annotated[
+    list[str], typer.Option(help="Take only the instances whose column has this value, such as stain=HE.")
+]
+Rna = Annotated[
+    str | None, typer.Option(help="RNA of the patients (table or .h5ad), or predicted: what M2OST predicted.")
+]
+GeneSets = Annotated[Path | None, typer.Option(help="Gene sets: GMT, or a table with a column for each.")]
+Site = Annotated[str | None, typer.Option(help="Column of the sheet that names where a patient was treated.")]
+BasicCovariates = Annotated[
+    list[str] | None,
+    typer.Option("--basic-covariate", help="Column of a baseline with few covariates; default: age and sex."),
+]
+SurvivalModelName = Annotated[
+    Literal["pibd", "pibd_reference", "attention_mil", "cox"],
+    typer.Option("--model", help="PIBD, as recommended or as published; attention over instances; or ridge Cox."),
+]
+Head = Annotated[
+    Literal["hazards", "cox"], typer.Option(help="The network tells hazards of bins of time, or one risk.")
+]
+Bins = Annotated[int, typer.Option(min=1, help="Bins of time, from quantiles of the training patients' events.")]
+SurvivalEpochs = Annotated[int, typer.Option("--epochs", min=1, help="Times that every patient is seen.")]
+PatientsAStep = Annotated[int, typer.Option("--batch-size", min=1, help="Patients in a step.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Networks of so many seeds speak together.")]
+Components = Annotated[int, typer.Option(min=1, help="Principal components of the mean embedding, for Cox.")]
+RnaComponents = Annotated[int, typer.Option(min=1, help="Principal components of RNA, for Cox.")]
+Penalizer = Annotated[float, typer.Option(min=0, help="Strength of the ridge of the Cox models.")]
+
+
+def _survival_inputs(given: dict[str, Any]) -> SurvivalInputs:
+    """Pick what `Inputs` takes out of the arguments of a command."""
+    from histrata.survival.inputs import Inputs
+
+    chosen = {field.name: given[field.name] for field in fields(Inputs) if field.name in given}
+    chosen["embeddings"] = [SlideFolder(slide).embedding for slide in given["slides"] or []]
+    return Inputs(**chosen, where=_pairs("--instances-where", given["instances_where"]))
+
+
+def _survival_options(given: dict[str, Any]) -> SurvivalOptions:
+    """Pick what `SurvivalOptions` takes out of the arguments of a command."""
+    from histrata.survival.plan import SurvivalOptions
+
+    chosen = {field.name: given[field.name] for field in fields(SurvivalOptions) if field.name in given}
+    return SurvivalOptions(**chosen, model_options=_model_options(given["model_option"]))
 
 
 @survival.command("evaluate")
 def survival_evaluate(
     patients: Patients,
-    slides: Embeddings,
+    slides: Embeddings = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("results/survival"),
     covariates: Covariates = None,
-    folds: Annotated[int, typer.Option(min=2, help="Number of folds by patient.")] = 5,
+    basic_covariates: BasicCovariates = None,
+    instances: Instances = None,
+    instances_where: InstancesWhere = [],  # noqa: B006
+    rna: Rna = None,
+    gene_sets: GeneSets = None,
+    site: Site = None,
+    model: SurvivalModelName = "cox",
+    model_option: ModelOption = [],  # noqa: B006
+    head: Head = "cox",
+    bins: Bins = 4,
+    epochs: SurvivalEpochs = 20,
+    batch_size: PatientsAStep = 128,
+    learning_rate: LearningRate = 1e-2,
+    weight_decay: WeightDecay = 0.1,
+    seeds: Seeds = 3,
     components: Components = 10,
+    rna_components: RnaComponents = 30,
     penalizer: Penalizer = 0.1,
+    controls: Annotated[bool, typer.Option(help="Fit the model with each modality shuffled, too.")] = True,
+    folds: Annotated[int, typer.Option(min=2, help="Number of folds by patient.")] = 5,
+    given_folds: Annotated[
+        Path | None, typer.Option(help="Folds of your own: a table (fold, patient_id), or a folder of splits_*.csv.")
+    ] = None,
+    horizons: Annotated[
+        list[float], typer.Option("--horizon", help="Time of AUC and calibration; default: quartiles of the events.")
+    ] = [],  # noqa: B006
+    tau: Annotated[
+        float | None, typer.Option(help="End of the time that Uno's c looks at; default: from training events.")
+    ] = None,
     seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
-    """Cross-validate survival by patient, beside its baselines; write the cohort table.
+    """Cross-validate survival by patient, beside its baselines and controls; write the cohort table.
 
-    Writes evaluation.tsv, summary.tsv, cohort.h5ad and kaplan_meier.png into the output folder.
+    Writes evaluation.tsv, summary.tsv, calibration.tsv, cohort.h5ad, kaplan_meier.png and spots/.
 
     Example: histrata survival evaluate config/patients.tsv results/slides/*
+
+    Example: histrata survival evaluate patients.tsv --instances bags.npz --rna rna.csv --gene-sets sets.gmt
     """
     from histrata.survival.steps import evaluate
 
+    given = locals()
     evaluate(
-        patients,
-        [SlideFolder(slide).embedding for slide in slides],
+        _survival_inputs(given),
         out,
-        covariates=covariates,
+        _survival_options(given),
         folds=folds,
-        components=components,
-        penalizer=penalizer,
+        given_folds=given_folds,
+        horizons=horizons,
+        tau=tau,
         seed=seed,
     )
 
@@ -540,12 +629,28 @@ def survival_evaluate(
 @survival.command("train")
 def survival_train(
     patients: Patients,
-    slides: Embeddings,
+    slides: Embeddings = None,
     out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("results/survival/model"),
     summary: Annotated[Path | None, typer.Option(help="summary.tsv: figures for the card.")] = None,
     covariates: Covariates = None,
+    instances: Instances = None,
+    instances_where: InstancesWhere = [],  # noqa: B006
+    rna: Rna = None,
+    gene_sets: GeneSets = None,
+    site: Site = None,
+    model: SurvivalModelName = "cox",
+    model_option: ModelOption = [],  # noqa: B006
+    head: Head = "cox",
+    bins: Bins = 4,
+    epochs: SurvivalEpochs = 20,
+    batch_size: PatientsAStep = 128,
+    learning_rate: LearningRate = 1e-2,
+    weight_decay: WeightDecay = 0.1,
+    seeds: Seeds = 3,
     components: Components = 10,
+    rna_components: RnaComponents = 30,
     penalizer: Penalizer = 0.1,
+    device: Device = "auto",
 ) -> None:
     """Fit the survival model on every patient with follow-up.
 
@@ -553,15 +658,28 @@ def survival_train(
     """
     from histrata.survival.steps import train
 
-    train(
-        patients,
-        [SlideFolder(slide).embedding for slide in slides],
-        out,
-        summary=summary,
-        covariates=covariates,
-        components=components,
-        penalizer=penalizer,
-    )
+    given = locals()
+    train(_survival_inputs(given), out, _survival_options(given), summary=summary)
+
+
+@survival.command("predict")
+def survival_predict(
+    patients: Patients,
+    slides: Embeddings = None,
+    model: Annotated[Path, typer.Option(help="Folder of a trained model.")] = Path("results/survival/model"),
+    out: Annotated[Path, typer.Option(help="Table to write (TSV).")] = Path("results/survival/predicted.tsv"),
+    instances: Instances = None,
+    instances_where: InstancesWhere = [],  # noqa: B006
+    rna: Rna = None,
+    gene_sets: GeneSets = None,
+) -> None:
+    """Predict the patients of a sheet, from whatever is known of them; their follow-up may be empty.
+
+    Example: histrata survival predict new/patients.tsv new/slides/* --model results/survival/model
+    """
+    from histrata.survival.steps import predict
+
+    predict(_survival_inputs(locals()), model, out)
 
 
 @app.command()
@@ -586,18 +704,33 @@ def report(
 @app.command("demo-data")
 def demo_data(
     folder: Annotated[Path, typer.Argument(help="Folder to write the cohort to.")],
-    patients: Annotated[int, typer.Option(min=2, help="Patients, one slide each.")] = 12,
+    patients: Annotated[
+        int | None, typer.Option(min=2, help="Patients, one slide each; default: 12, with --survival 240.")
+    ] = None,
     measured: Annotated[int, typer.Option(min=2, help="Patients with measured expression.")] = 4,
     size_px: Annotated[int, typer.Option(help="Width and height of a slide in px.")] = 3072,
+    survival: Annotated[
+        bool, typer.Option("--survival", help="Write bags, RNA and follow-up of more patients, without slides.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Write a small cohort with known truth: slides, counts, follow-up, sheets and config.
 
     Example: histrata demo-data demo
     """
+    if survival:
+        from histrata.demo.cohort import write_cohort
+
+        write_cohort(folder, patients or 240, seed)
+        print(
+            f"written to {folder}; run it with: histrata survival evaluate {folder}/patients.tsv "
+            f"--instances {folder}/instances.npz --rna {folder}/rna.tsv.gz --gene-sets {folder}/gene_sets.gmt "
+            "--site site"
+        )
+        return
     from histrata.demo import write_demo
 
-    write_demo(folder, patients=patients, measured=measured, size_px=size_px, seed=seed)
+    write_demo(folder, patients=patients or 12, measured=measured, size_px=size_px, seed=seed)
     print(
         f"written to {folder}; run it with: snakemake --cores 2 --directory {folder} --configfile {folder}/config.yaml"
     )

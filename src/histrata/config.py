@@ -36,10 +36,15 @@ def complete(config: dict[str, Any], file: Path) -> dict[str, Any]:
     whole = _filled(config, rules)
     for fault in sorted(jsonschema.Draft202012Validator(rules).iter_errors(whole), key=str):
         raise SheetError(f"{file}: {_sentence(fault)}")
-    if whole["patients"] and not whole["embed"]["encoder"]:
+    known = [whole["survival"][key] for key in ("instances", "rna", "covariates")]
+    if whole["patients"] and not whole["embed"]["encoder"] and not any(known):
         raise SheetError(
             f"{file}: patients are given and embed.encoder is not; name an encoder, whose features the survival "
-            "model takes, or leave patients out"
+            "model takes, or give survival.instances, survival.rna or survival.covariates, or leave patients out"
+        )
+    if whole["survival"]["gene_sets"] and not whole["survival"]["rna"]:
+        raise SheetError(
+            f"{file}: survival.gene_sets is given and survival.rna is not; give the RNA whose genes the sets name"
         )
     return whole
 

@@ -83,7 +83,9 @@ def make_folds(slides: pd.DataFrame, scheme: str = "leave-one-patient-out", k: i
     return _folds(sides, subject_of)
 
 
-def make_patient_folds(patients: pd.DataFrame, k: int = 5, seed: int = 0) -> list[Fold]:
+def make_patient_folds(
+    patients: pd.DataFrame, k: int = 5, seed: int = 0, *, site: str | None = None, given: Path | None = None
+) -> list[Fold]:
     """Split patients so that every one is held out once and each fold has its share of the events.
 
     Parameters
@@ -92,16 +94,27 @@ def make_patient_folds(patients: pd.DataFrame, k: int = 5, seed: int = 0) -> lis
         One row a patient with `patient_id` (unique), `event` (1 = observed, 0 = censored) and, where
         patients share an image, `subject_id` (see `join_subjects`): those stay together.
     k
-        Number of folds; fewer are made where fewer subjects have an observed event, so that each
-        training set and each test set holds one.
+        Number of folds; fewer are made where fewer subjects (or sites) have an observed event, so that
+        each training set and each test set holds one.
     seed
         Seed of the deal.
+    site
+        Column with the site (hospital, scanner) of each patient. All patients of a site stay together, so that no
+        site is on both sides; the largest are dealt first, and events are spread as evenly as whole sites allow. A
+        patient whose site is not known is a site of one's own.
+    given
+        Folds to use instead of making some: a table (TSV) with the columns `fold` and `patient_id`, a row for each
+        patient that a fold holds out; or a folder of tables `splits_*.csv`, one a fold, with the columns `train` and
+        `val`, whose `val` is held out. A patient whom no fold holds out, or whom a table names on neither side, is
+        trained on. Patients of the folds that are not among `patients` are counted and named in the log.
 
     Raises
     ------
     HistrataError
-        Fewer than two subjects with an observed event, an id that is empty or double, or an event
-        that is neither 0 nor 1.
+        Fewer than two subjects (or sites) with an observed event, an id that is empty or double, an event
+        that is neither 0 nor 1, or given folds that cannot be used.
+    LeakError
+        Where given folds have a patient, a subject or a site on both sides.
     """
     _require(patients, "patient_id", ["patient_id", "event"])
     events = pd.to_numeric(patients["event"], errors="coerce")
@@ -114,14 +127,164 @@ def make_patient_folds(patients: pd.DataFrame, k: int = 5, seed: int = 0) -> lis
     ids = patients["patient_id"].astype(str)
     subjects = patients["subject_id"].astype(str) if "subject_id" in patients else ids
     subject_of = dict(sorted(zip(ids, subjects, strict=True)))
-    counts = events.groupby(subjects.to_numpy()).agg(["size", "sum"]).sort_index()
+    site_of = _sites(patients, site) if site is not None else {}
+    if given is not None:
+        folds = [_fold(name, held, subject_of) for name, held in _given_patients(Path(given), subject_of).items()]
+        for fold in folds:
+            _assert_no_shared_site(fold, site_of)
+        return folds
+    unit_of = _units(subject_of, site_of)
+    counts = events.groupby(ids.map(unit_of).to_numpy()).agg(["size", "sum"]).sort_index()
     with_event = int((counts["sum"] > 0).sum())
     if with_event < 2:
+        what = "patient(s)" if site is None else f"group(s) of patients that share a '{site}'"
         raise HistrataError(
-            f"The follow-up holds {with_event} patient(s) with an observed event, and at least 2 are needed "
+            f"The follow-up holds {with_event} {what} with an observed event, and at least 2 are needed "
             "to train on one and evaluate on another; add patients with event = 1."
         )
-    return _folds(_deal(counts["size"], counts["sum"], _number(k, with_event), seed), subject_of)
+    sides = _deal(counts["size"], counts["sum"], _number(k, with_event), seed)
+    held_out = {name: {i for i in subject_of if unit_of[i] in units} for name, units in sides.items()}
+    folds = [_fold(name, held, subject_of) for name, held in held_out.items()]
+    for fold in folds:
+        _assert_no_shared_site(fold, site_of)
+    return folds
+
+
+def _sites(patients: pd.DataFrame, site: str) -> dict[str, str]:
+    """Map each patient to its site; those without one are not in the mapping."""
+    if site not in patients:
+        raise HistrataError(
+            f"The folds are to be disjoint in '{site}', which is not a column of the patients; name a column of the "
+            "patient sheet."
+        )
+    known = patients[site].notna() & (patients[site].astype(str).str.strip() != "")
+    unknown = sorted(patients.loc[~known, "patient_id"].astype(str))
+    if unknown:
+        log.warning(
+            "%d patient(s) have no '%s' and may stand on another side than others of theirs: %s",
+            len(unknown),
+            site,
+            _first(unknown),
+        )
+    table = patients[known]
+    return dict(zip(table["patient_id"].astype(str), table[site].astype(str).str.strip(), strict=True))
+
+
+def _units(subject_of: Mapping[str, str], site_of: Mapping[str, str]) -> dict[str, str]:
+    """Map each patient to the first of those it must stay with: of its subject, of its site, and of theirs."""
+    links = pd.DataFrame(
+        [(i, f"subject {subject}") for i, subject in subject_of.items()]
+        + [(i, f"site {site_of[i]}") for i in subject_of if i in site_of],
+        columns=["patient_id", "image"],
+    )
+    return join_subjects(links)
+
+
+def _assert_no_shared_site(fold: Fold, site_of: Mapping[str, str]) -> None:
+    """Raise LeakError if a site has patients on both sides of the fold."""
+    both = {site_of[i] for i in fold.train if i in site_of} & {site_of[i] for i in fold.test if i in site_of}
+    if both:
+        raise LeakError(
+            f"Fold '{fold.name}' has patients of site '{min(both)}' ({len(both)} such site(s)) both in training and in "
+            "test; hold whole sites out, or name no site if that is meant."
+        )
+
+
+def _given_patients(path: Path, subject_of: Mapping[str, str]) -> dict[str, set[str]]:
+    """Read which patients each of a user's folds holds out."""
+    if path.is_dir():
+        listed = _split_files(path, subject_of)
+    elif path.is_file():
+        listed = _listed(path)
+    else:
+        raise HistrataError(
+            f"{path}: there are no such folds; give a table (TSV) with the columns fold and patient_id, or a folder of "
+            "splits_*.csv with the columns train and val"
+        )
+    held_out: dict[str, set[str]] = {}
+    fold_of: dict[str, str] = {}
+    for fold, patients in listed.items():
+        for patient in patients:
+            if patient in fold_of:
+                raise HistrataError(
+                    f"{path}: patient '{patient}' is held out by fold '{fold}' and by fold '{fold_of[patient]}'; hold "
+                    "each patient out at most once"
+                )
+            fold_of[patient] = fold
+        held_out[fold] = {patient for patient in patients if patient in subject_of}
+    strangers = sorted(set(fold_of) - set(subject_of))
+    if strangers:
+        log.warning(
+            "%s: %d patient(s) of the folds are not among the patients with follow-up: %s",
+            path,
+            len(strangers),
+            _first(strangers),
+        )
+    always = sorted(set(subject_of) - set(fold_of))
+    if always:
+        log.warning("%s: %d patient(s) are held out by no fold and trained on: %s", path, len(always), _first(always))
+    _refuse_useless(path, held_out, len(subject_of), "patient")
+    return dict(sorted(held_out.items()))
+
+
+def _listed(path: Path) -> dict[str, list[str]]:
+    """Read a table with a row for each patient that a fold holds out."""
+    table = _read_table(path, "\t", "a TSV with the columns fold and patient_id")
+    absent = [column for column in ("fold", "patient_id") if column not in table]
+    if absent:
+        raise HistrataError(
+            f"{path}: column '{absent[0]}' is missing; a table of folds has the columns fold and patient_id"
+        )
+    listed: dict[str, list[str]] = {}
+    for row, (fold, patient) in enumerate(
+        zip(table["fold"].str.strip(), table["patient_id"].str.strip(), strict=True), start=2
+    ):
+        if not _NAME.fullmatch(fold):
+            raise HistrataError(
+                f"{path}, row {row}, column fold: found '{fold}'; name the fold with letters, digits, '.', '_' and '-'"
+            )
+        listed.setdefault(fold, []).append(patient)
+    return listed
+
+
+def _split_files(folder: Path, subject_of: Mapping[str, str]) -> dict[str, list[str]]:
+    """Read a folder with a table for each fold, the patients to train on beside those held out."""
+    files = sorted(folder.glob("splits_*.csv"))
+    if not files:
+        raise HistrataError(
+            f"{folder}: found no file splits_*.csv; give one for each fold, with the columns train and val"
+        )
+    listed: dict[str, list[str]] = {}
+    for file in files:
+        table = _read_table(file, ",", "a CSV with the columns train and val")
+        absent = [column for column in ("train", "val") if column not in table]
+        if absent:
+            raise HistrataError(f"{file}: column '{absent[0]}' is missing; a split has the columns train and val")
+        train, held = ([name for name in table[side].str.strip() if name] for side in ("train", "val"))
+        both = sorted(set(train) & set(held))
+        if both:
+            raise LeakError(
+                f"{file}: patient '{both[0]}' ({len(both)} such patient(s)) stands both in train and in val; keep each "
+                "on one side"
+            )
+        neither = sorted(set(subject_of) - set(train) - set(held))
+        if neither:
+            log.warning(
+                "%s: %d patient(s) stand on neither side and are trained on: %s", file, len(neither), _first(neither)
+            )
+        listed[file.stem] = held
+    return listed
+
+
+def _read_table(path: Path, separator: str, expected: str) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise HistrataError(f"{path}: not a table of folds ({quoted(error)}); give {expected}") from error
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if names[5:] else "")
 
 
 def join_subjects(slides: pd.DataFrame) -> dict[str, str]:
@@ -190,13 +353,7 @@ def _fold(name: str, held_out: Collection[str], subject_of: Mapping[str, str]) -
 
 def _given(path: Path, patient_of: Mapping[str, str]) -> dict[str, set[str]]:
     """Read what each fold of a user's table holds out, in the order of the folds' names."""
-    try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise HistrataError(
-            f"{path}: not a table of folds ({quoted(error)}); give a TSV with the columns fold and patient_id, "
-            "or fold and slide_id"
-        ) from error
+    table = _read_table(path, "\t", "a TSV with the columns fold and patient_id, or fold and slide_id")
     keys = [column for column in ("patient_id", "slide_id") if column in table]
     if "fold" not in table or len(keys) != 1:
         raise HistrataError(
@@ -230,13 +387,15 @@ def _given(path: Path, patient_of: Mapping[str, str]) -> dict[str, set[str]]:
     return dict(sorted(held_out.items()))
 
 
-def _refuse_useless(path: Path, held_out: Mapping[str, Collection[str]], n_slides: int) -> None:
+def _refuse_useless(
+    path: Path, held_out: Mapping[str, Collection[str]], n_ids: int, what: str = "measured slide"
+) -> None:
     """Raise where the folds of a table leave nothing to train on or to test on."""
     if not held_out:
         raise HistrataError(f"{path}: the table of folds has no rows; add one for each patient that a fold holds out")
-    for name, slides in held_out.items():
-        if not 0 < len(slides) < n_slides:
-            which = "every measured slide" if slides else "no measured slide"
+    for name, ids in held_out.items():
+        if not 0 < len(ids) < n_ids:
+            which = f"every {what}" if ids else f"no {what}"
             raise HistrataError(
                 f"{path}: fold '{name}' holds out {which}, and a fold needs some to train on and some to test on; "
                 "correct the ids"

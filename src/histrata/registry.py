@@ -18,7 +18,7 @@ from histrata.errors import HistrataError
 if TYPE_CHECKING:
     from torch import nn
 
-_MODEL_FILES = ("histrata.expression.m2ost",)
+_MODEL_FILES = ("histrata.expression.m2ost", "histrata.survival.mil", "histrata.survival.pibd")
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
 Variant = TypeVar("Variant", bound="Callable[..., nn.Module]")

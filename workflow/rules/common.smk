@@ -47,19 +47,46 @@ PANEL = (
 FOLDS = (
     [] if config["m2ost"]["folds"] in SCHEMES else of_config(config["m2ost"]["folds"])
 )
+SURVIVAL = {
+    key: of_config(value)
+    for key, value in config["survival"].items()
+    if key in ("instances", "rna", "gene_sets", "given_folds")
+    and value
+    and value != "predicted"
+}
+PREDICTED_RNA = config["survival"]["rna"] == "predicted"
+if (
+    PREDICTED_RNA
+    and not PRETRAINED
+    and not any(row.expression for row in SLIDES.values())
+):
+    stop(
+        f"{CONFIG_FILE}: survival.rna is predicted and no slide has an expression to learn from; "
+        "give m2ost.pretrained or the slide sheet's column expression, or leave the key out"
+    )
 for key, path in {
     "m2ost.pretrained": PRETRAINED,
     "m2ost.panel": PANEL,
     "m2ost.folds": FOLDS,
     "embed.weights": WEIGHTS,
+    **{f"survival.{key}": path for key, path in SURVIVAL.items()},
 }.items():
     if path and not path.exists():
         stop(
             f"{CONFIG_FILE}: {key} is {path}, which is not there; correct the path, or leave the key out"
         )
 
-# What concerns the evaluation of M2OST, and not its training.
+# What concerns the evaluation of M2OST, and of survival, and not its training.
 EVALUATED = ("folds", "k", "controls", "single_level", "serial")
+SURVIVAL_EVALUATED = (
+    "basic_covariates",
+    "controls",
+    "folds",
+    "given_folds",
+    "horizons",
+    "tau",
+    "seed",
+)
 GPU = int(config["device"].startswith("cuda"))
 
 
@@ -187,8 +214,31 @@ def accepted_folders(wildcards):
     return [f"results/slides/{slide}" for slide in accepted()]
 
 
-def embeddings(wildcards):
-    return [f"results/slides/{slide}/embedding.h5ad" for slide in accepted()]
+def survival_names():
+    """Return the files of a slide that survival is predicted from."""
+    names = []
+    if config["embed"]["encoder"] and not config["survival"]["instances"]:
+        names.append("embedding.h5ad")
+    if PREDICTED_RNA:
+        names.append("expression.h5ad")
+    return names
+
+
+def survival_slides(wildcards):
+    """Return what survival is predicted from of every accepted slide."""
+    return [
+        f"results/slides/{slide}/{name}"
+        for slide in (accepted() if survival_names() else [])
+        for name in survival_names()
+    ]
+
+
+def survival_folders(wildcards):
+    return accepted_folders(wildcards) if survival_names() else []
+
+
+def survival_flags(leave_out=()):
+    return flags(config["survival"] | SURVIVAL, leave_out=leave_out)
 
 
 def evaluation(wildcards):
@@ -236,13 +286,15 @@ def m2ost_results(wildcards):
 
 
 def survival_results(wildcards):
-    if not PATIENTS or not accepted():
+    if not PATIENTS or survival_names() and not accepted():
         return []
     names = (
         "evaluation.tsv",
         "summary.tsv",
         "cohort.h5ad",
+        "calibration.tsv",
         "kaplan_meier.png",
+        "spots",
         "model",
     )
     return [f"results/survival/{name}" for name in names]

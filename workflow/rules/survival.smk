@@ -1,7 +1,8 @@
 rule survival_evaluate:
     input:
         patients=PATIENTS or [],
-        embeddings=embeddings,
+        slides=survival_slides,
+        files=list(SURVIVAL.values()),
     output:
         evaluation="results/survival/evaluation.tsv",
         summary=report(
@@ -9,7 +10,9 @@ rule survival_evaluate:
             caption="../report/survival.rst",
             category="Survival",
         ),
+        calibration="results/survival/calibration.tsv",
         cohort="results/survival/cohort.h5ad",
+        spots=directory("results/survival/spots"),
         curve=report(
             "results/survival/kaplan_meier.png",
             caption="../report/survival.rst",
@@ -21,21 +24,24 @@ rule survival_evaluate:
         "results/benchmarks/survival_evaluate.tsv"
     conda:
         "../../envs/histrata.yaml"
-    threads: 1
+    threads: 2
     resources:
         mem_mb=8000,
-        runtime=120,
+        runtime=720,
+        gpu=GPU,
+        device=config["device"],
     params:
-        folders=accepted_folders,
-        options=flags(config["survival"]),
+        folders=survival_folders,
+        options=survival_flags(),
     shell:
-        "histrata survival evaluate {input.patients:q} {params.folders:q} --out results/survival {params.options} > {log:q} 2>&1"
+        "histrata survival evaluate {input.patients:q} {params.folders:q} --out results/survival {params.options} --device {resources.device} > {log:q} 2>&1"
 
 
 rule survival_train:
     input:
         patients=PATIENTS or [],
-        embeddings=embeddings,
+        slides=survival_slides,
+        files=list(SURVIVAL.values()),
         summary="results/survival/summary.tsv",
     output:
         directory("results/survival/model"),
@@ -45,12 +51,14 @@ rule survival_train:
         "results/benchmarks/survival_train.tsv"
     conda:
         "../../envs/histrata.yaml"
-    threads: 1
+    threads: 2
     resources:
         mem_mb=8000,
-        runtime=60,
+        runtime=120,
+        gpu=GPU,
+        device=config["device"],
     params:
-        folders=accepted_folders,
-        options=flags(config["survival"], leave_out=("folds", "seed")),
+        folders=survival_folders,
+        options=survival_flags(leave_out=SURVIVAL_EVALUATED),
     shell:
-        "histrata survival train {input.patients:q} {params.folders:q} --out {output:q} --summary {input.summary:q} {params.options} > {log:q} 2>&1"
+        "histrata survival train {input.patients:q} {params.folders:q} --out {output:q} --summary {input.summary:q} {params.options} --device {resources.device} > {log:q} 2>&1"

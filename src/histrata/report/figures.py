@@ -15,17 +15,25 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import pandas as pd
+from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import EllipseCollection
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from PIL import Image
 from scipy.spatial import cKDTree
 
 from histrata.errors import HistrataError
 
+Values = np.ndarray | pd.Categorical
+"""Numbers or names of spots."""
+
 _THUMBNAIL_PX = 480
+_NAMED = colormaps["tab20"]
 _JPEG = {"quality": 85, "subsampling": 0}
 
 
@@ -70,15 +78,15 @@ def read_thumbnail(path: Path) -> Picture:
     return Picture.of(stream.getvalue())
 
 
-def draw_gene(
+def draw_values(
     image: np.ndarray,
     scale: float,
     xy: np.ndarray,
     diameter: float,
     um_per_px: float,
-    panels: Mapping[str, np.ndarray],
+    panels: Mapping[str, Values],
 ) -> Picture:
-    """Draw values of spots on the tissue, one panel for each entry of `panels`, each with its colour bar.
+    """Draw values of spots on the tissue, one panel for each entry of `panels`, each with its colour bar or names.
 
     A scale of colours runs from the 2nd to the 98th percentile of the values of its own panel: what a model
     predicts varies less than what was counted at single spots, and on a shared scale it would show no pattern.
@@ -94,7 +102,7 @@ def draw_gene(
     um_per_px
         um for each level-0 px.
     panels
-        Title to (n,) values.
+        Title to (n,) numbers or names.
     """
     places, shown = xy * scale, _spread(xy, diameter) * scale
     left, top, right, bottom = _frame(places, shown)
@@ -103,7 +111,10 @@ def draw_gene(
     for axes, (title, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         # Paled, so that the colours of the spots are read as they are meant.
         axes.imshow((255 - (255 - image.astype(np.float32)) * 0.45).astype(np.uint8), interpolation="bilinear")
-        _draw_spots(figure, axes, places, shown, values)
+        if isinstance(values, pd.Categorical):
+            _draw_names(axes, places, shown, values)
+        else:
+            _draw_spots(figure, axes, places, shown, values)
         axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[])
         axes.set_title(title, fontsize=9, pad=3)
         axes.spines[:].set_visible(False)
@@ -136,6 +147,34 @@ def _draw_spots(figure: Figure, axes: Axes, places: np.ndarray, shown: float, va
     first.set_horizontalalignment("left")
     last.set_horizontalalignment("right")
     cast(Artist, bar.outline).set_visible(False)
+
+
+def _draw_names(axes: Axes, places: np.ndarray, shown: float, values: pd.Categorical) -> None:
+    """Draw names, each in a colour of its own (beyond twenty, colours come again), and say which is which."""
+    colours = {str(name): to_hex(_NAMED(code % _NAMED.N)) for code, name in enumerate(values.categories)}
+    for code, colour in enumerate(colours.values()):
+        spots = EllipseCollection(
+            shown,
+            shown,
+            0,
+            units="xy",
+            offsets=places[values.codes == code],
+            offset_transform=axes.transData,
+            facecolor=colour,
+        )
+        spots.set(linewidth=0)
+        axes.add_collection(spots)
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    axes.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.01),
+        ncols=2,
+        fontsize=6.5,
+        frameon=False,
+        handlelength=0.8,
+        columnspacing=0.8,
+    )
 
 
 def _spread(xy: np.ndarray, diameter: float) -> float:

@@ -18,8 +18,9 @@ from histrata.folders import SlideFolder
 from histrata.report.learning import describe_training
 from histrata.report.methods import describe_calibration, describe_expression
 from histrata.report.parts import SlidePart, read_tsv
-from histrata.report.scores import describe_genes, describe_survival, describe_timings
+from histrata.report.scores import describe_genes, describe_timings
 from histrata.report.slides import choose_genes, describe_extremes, describe_slide, read_trained_on
+from histrata.report.survival import describe_risk, describe_survival
 
 _PACKAGES = ("anndata", "lifelines", "lightning", "numpy", "openslide-python", "tifffile", "timm", "torch", "zarr")
 _CHECK = ("slide_id", "patient_id", "status", "reason", "path", "vendor", "mpp_source")
@@ -82,6 +83,7 @@ def write_report(
         choice=choice,
         extremes=describe_extremes(results, slides, evaluation),
         survival=describe_survival(results / "survival"),
+        risk=describe_risk(results / "survival"),
         run=describe_timings(results / "benchmarks"),
     )
     with whole(out) as part:

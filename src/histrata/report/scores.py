@@ -1,4 +1,4 @@
-"""Single genes and survival beside their baselines, and what the run cost."""
+"""Single genes beside their baselines, and what the run cost."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import numpy as np
 import pandas as pd
 
 from histrata.expression.metrics import gene_scores
-from histrata.report.figures import read_picture
-from histrata.report.parts import MAIN, METHODS, METRICS, Figure, Part, Table, read_tsv
-from histrata.report.summary import figure, metrics_of, read_summary, summary_table
+from histrata.report.parts import MAIN, METHODS, METRICS, Part, Table, read_tsv
+from histrata.report.summary import figure
 
-_FEW_EVENTS = 100
 _RANKED_GENES = 8
 # More than these would not fit beside each other.
 _OF_GENES = {"pearson": (MAIN, "pca_ridge", "colour_ridge"), "rmse": (MAIN, "constant")}
@@ -54,42 +52,6 @@ def describe_genes(evaluation: pd.DataFrame | None) -> Part:
         return Part(notes, [Table("All genes, best first", columns, rows)])
     best = Table("Best genes by M2OST's cross-validated Pearson", columns, rows[:_RANKED_GENES])
     return Part(notes, [best, Table("Worst genes, the worst last", columns, rows[-_RANKED_GENES:])])
-
-
-def describe_survival(folder: Path) -> Part:
-    """Show how well survival is predicted, with the curves of the risk groups; `folder` is results/survival."""
-    path = folder / "summary.tsv"
-    if not path.is_file():
-        return Part(notes=["Survival was not evaluated: the run had no patient sheet, or it is not finished."])
-    summary = read_summary(path, "histrata survival evaluate")
-    part = Part(notes=_survival_caveat(folder / "evaluation.tsv"))
-    caption = "Held-out patients of all folds, with 95 % intervals over patients"
-    part.tables.append(summary_table(summary, caption, metrics_of(summary)))
-    curves = folder / "kaplan_meier.png"
-    if curves.is_file():
-        alt = "Kaplan-Meier curves of the patients with high and with low predicted risk, each while held out"
-        part.figures.append(Figure(read_picture(curves), alt, alt))
-    else:
-        part.notes.append("There is no picture of Kaplan-Meier curves.")
-    return part
-
-
-def _survival_caveat(path: Path) -> list[str]:
-    notes = [
-        "For c-indices, 0.5 is what the constant predictor reaches and 1 is perfect; for the integrated Brier score, "
-        "lower is better. A model whose interval holds the constant's figure has shown nothing."
-    ]
-    if not path.is_file():
-        return notes
-    table = read_tsv(path, ("fold",), ("n_patients", "n_events"), "histrata survival evaluate")
-    pooled = table[table["fold"] == "pooled"]
-    if len(pooled):
-        n, events = (int(pooled[c].max()) for c in ("n_patients", "n_events"))
-        few = (
-            "; so few that another draw of patients could turn the order of the methods" if events < _FEW_EVENTS else ""
-        )
-        notes.append(f"These figures rest on {events} observed events among {n} patients{few}.")
-    return notes
 
 
 def describe_timings(folder: Path) -> Part:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from histrata.errors import HistrataError, TableError
 from histrata.folders import SlideFolder
-from histrata.report.figures import Picture, draw_gene, read_thumbnail
+from histrata.report.figures import Picture, Values, draw_values, read_thumbnail
 from histrata.report.parts import MAIN, Figure, Part, SlidePart
 from histrata.report.scores import rank_genes
 from histrata.tables import read_table
@@ -131,7 +131,7 @@ def _draw_one(
         else:
             caption = f"{gene}, not measured on this slide"
     alt = f"{gene} on the tissue of {slide_id}: {' beside '.join(panels)}"
-    return Figure(_draw_panels(slide_id, table, inside, panels), alt, caption)
+    return Figure(draw_panels(slide_id, table, inside, panels), alt, caption)
 
 
 def _is_measured(table: ad.AnnData, gene: str, inside: np.ndarray) -> bool:
@@ -164,7 +164,8 @@ def describe_extremes(results: Path, slides: Sequence[SlidePart], evaluation: pd
     return Part(["No held-out slide has a table with measured and predicted expression, so they are not drawn."])
 
 
-def _draw_panels(slide_id: str, table: ad.AnnData, inside: np.ndarray, panels: dict[str, np.ndarray]) -> Picture:
+def draw_panels(slide_id: str, table: ad.AnnData, inside: np.ndarray, panels: Mapping[str, Values]) -> Picture:
+    """Draw values of the spots `inside` on the slide that the table brings along."""
     try:
         library = table.uns["spatial"][slide_id]
         image, factors = library["images"]["lowres"], library["scalefactors"]
@@ -172,9 +173,9 @@ def _draw_panels(slide_id: str, table: ad.AnnData, inside: np.ndarray, panels: d
         places, mpp = table.obsm["spatial"][inside], float(table.uns["histrata"]["mpp"])
     except KeyError as error:
         raise TableError(
-            f"expression.h5ad of slide {slide_id}: {error} is missing; write it with `histrata m2ost predict`"
+            f"The table of the spots of slide {slide_id}: {error} is missing; run the workflow that writes it again"
         ) from error
-    return draw_gene(image, scale, places, diameter, mpp, panels)
+    return draw_values(image, scale, places, diameter, mpp, panels)
 
 
 def _column(table: ad.AnnData, gene: str, layer: str | None = None) -> np.ndarray:

@@ -34,7 +34,8 @@ def draw_kaplan_meier(patients: pd.DataFrame, path: Path, title: str) -> None:
     Parameters
     ----------
     patients
-        `time`, `event` (1 observed) and `risk_group` (`low`, `high`) of patients with follow-up.
+        `time`, `event` (1 observed) and `risk_group` (`low`, `high`) of patients with follow-up; `fold` where they
+        were held out, each fold with its own model and its own cut: the figure then says that it pools them.
     path
         PNG to write.
     title
@@ -48,13 +49,21 @@ def draw_kaplan_meier(patients: pd.DataFrame, path: Path, title: str) -> None:
             label = f"{group} risk ({len(part)} patients, {int(part['event'].sum())} events)"
             fitter = KaplanMeierFitter(label=label).fit(part["time"], part["event"])
             fitter.plot_survival_function(ax=axes, color=colour, show_censors=True, censor_styles={"ms": 5})
-    p = logrank_p(patients)
-    axes.set_title(f"{title}\nlog-rank p = {p:.2g}" if np.isfinite(p) else f"{title}\nlog-rank p not defined")
+    axes.set_title(f"{title}\n{_said(patients)}", fontsize="medium")
     axes.set(ylim=(0, 1.02), xlim=(0, None), ylabel="free of the event")
     _number_at_risk(axes, patients)
     with whole(path) as part_path:
         # Without the program's version in it, the same figure is the same file.
         figure.savefig(part_path, format="png", dpi=150, metadata={"Software": None})
+
+
+def _said(patients: pd.DataFrame) -> str:
+    """Say what the log-rank test found, and that folds are pooled where they are."""
+    p = logrank_p(patients)
+    found = f"log-rank p = {p:.2g}" if np.isfinite(p) else "log-rank p not defined"
+    folds = patients["fold"].nunique() if "fold" in patients else 1
+    pooled = f"pooled over {folds} folds, each cut at the median risk of its own training patients"
+    return f"{found}\n{pooled}" if folds > 1 else found
 
 
 def _number_at_risk(axes: Axes, patients: pd.DataFrame) -> None:

@@ -1,189 +1,159 @@
-"""From files to files: what `histrata survival evaluate` and `histrata survival train` do."""
+"""From files to files: what `histrata survival evaluate`, `train` and `predict` do."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from histrata.errors import HistrataError
-from histrata.files import SCHEMA_VERSION, provenance, whole, write_tsv
+from histrata.files import provenance, whole, write_tsv
 from histrata.folds import make_patient_folds
-from histrata.sheets import read_patients
-from histrata.survival.cohort import Cohort, read_cohort
-from histrata.survival.cox import CoxModel, Fit, cox_methods, save_cox
-from histrata.survival.evaluation import Evaluation, evaluate_survival
-from histrata.survival.figures import draw_kaplan_meier, logrank_p
+from histrata.survival.card import write_card
+from histrata.survival.cohort import Cohort
+from histrata.survival.evaluation import evaluate_survival
+from histrata.survival.explained import Explained
+from histrata.survival.figures import draw_kaplan_meier
+from histrata.survival.inputs import Inputs
+from histrata.survival.plan import SurvivalOptions, fit_main, plan_methods
+from histrata.survival.saved import load_model, save_model
+from histrata.survival.table import cohort_table
 
-log = logging.getLogger(__name__)
+_NO_PARAMETERS = ("device",)
 
 
 def evaluate(
-    patients: Path,
-    embeddings: Sequence[Path],
+    inputs: Inputs,
     out: Path,
+    options: SurvivalOptions | None = None,
     *,
-    covariates: Sequence[str] | None = None,
     folds: int = 5,
-    components: int = 10,
-    penalizer: float = 0.1,
+    given_folds: Path | None = None,
+    horizons: Sequence[float] = (),
+    tau: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Cross-validate; write evaluation.tsv, summary.tsv, cohort.h5ad and kaplan_meier.png to `out`.
+    """Cross-validate; write evaluation.tsv, summary.tsv, calibration.tsv, cohort.h5ad, kaplan_meier.png and spots/.
 
     Parameters
     ----------
-    patients
-        The patient sheet.
-    embeddings
-        `embedding.h5ad` of each slide.
+    inputs
+        What the cohort is read from. Instances that are too many for memory are written to the folder `bags` of `out`.
     out
         Folder to write to.
-    covariates
-        Columns of the sheet to use; all of them when None.
-    folds
-        Number of folds, by patient (see `make_patient_folds`).
-    components, penalizer
-        See `fit_cox`.
+    options
+        The model, and its baselines.
+    folds, given_folds
+        Number of folds by patient, disjoint in `inputs.site` where it is named; or a table or folder of folds (see
+        `make_patient_folds`).
+    horizons, tau
+        See `evaluate_survival`.
     seed
         Of the folds and of the bootstrap.
     """
-    cohort = read_cohort(read_patients(patients), embeddings, covariates)
-    parameters = {"covariates": list(cohort.covariates), "folds": folds, "components": components}
-    parameters |= {"penalizer": penalizer, "seed": seed}
+    options = options or SurvivalOptions()
+    cohort = inputs.read(out / "bags")
+    plan = plan_methods(cohort, options)
     followed = cohort.followed()
-    splits = make_patient_folds(followed.patients.reset_index(), folds, seed)
-    methods, main = _methods(cohort, components, penalizer)
-    times = _curve_times(followed)
-    result = evaluate_survival(cohort, splits, methods, times=times, seed=seed)
-    table = cohort_table(cohort, result, main, methods[main](followed), times)
-    table.uns["histrata"] = {"provenance": json.dumps(_provenance(cohort, patients, parameters))}
+    splits = make_patient_folds(
+        followed.patients.reset_index(), folds, seed, site=inputs.site and "site", given=given_folds
+    )
+    times, explained = _curve_times(followed), Explained(cohort, plan.main)
+    result = evaluate_survival(
+        cohort,
+        splits,
+        plan.methods,
+        times=times,
+        seed=seed,
+        seeds=range(options.seeds),
+        horizons=list(horizons) or None,
+        tau=tau,
+        watch=explained,
+    )
+    final, _ = fit_main(cohort, options)
+    explained.rest(final)
+    table = cohort_table(cohort, result, plan.main, final, times)
+    parameters = {"folds": folds, "horizons": list(horizons), "tau": tau, "seed": seed}
+    signed = _provenance(cohort, inputs, options, parameters)
+    table.uns["histrata"] = {"provenance": json.dumps(signed)}
     write_tsv(result.table, out / "evaluation.tsv")
     write_tsv(result.summary, out / "summary.tsv")
+    write_tsv(result.calibration, out / "calibration.tsv")
     with whole(out / "cohort.h5ad") as part:
         table.write_h5ad(part, compression="gzip")
-    shown = table.obs[table.obs["followed"]]
-    title = f"Held-out patients of {len(splits)} folds, {main.replace('_', ' ')}"
+    shown = table.obs[table.obs["fold"] != "final"]
+    title = f"Held-out patients of {len(splits)} folds, {plan.main.replace('_', ' ')}"
     draw_kaplan_meier(shown, out / "kaplan_meier.png", title)
+    explained.write(out / "spots", signed)
 
 
-def train(
-    patients: Path,
-    embeddings: Sequence[Path],
-    out: Path,
-    *,
-    summary: Path | None = None,
-    covariates: Sequence[str] | None = None,
-    components: int = 10,
-    penalizer: float = 0.1,
-) -> None:
-    """Fit the main model on every patient with follow-up; write the folder `out` whole.
+def train(inputs: Inputs, out: Path, options: SurvivalOptions | None = None, *, summary: Path | None = None) -> None:
+    """Fit the model on every patient with follow-up; write the folder `out` whole.
 
-    It holds config.json, model.safetensors and card.md.
+    It holds config.json, card.md and weights; see `histrata.survival.saved`.
 
     Parameters
     ----------
-    patients, embeddings, covariates, components, penalizer
-        As for `evaluate`.
+    inputs, options
+        As for `evaluate`; the folder `bags` lies beside `out`.
     out
         Folder of the model.
     summary
         `summary.tsv` of `evaluate`, whose figures go into the card.
     """
-    cohort = read_cohort(read_patients(patients), embeddings, covariates)
-    model, main = train_survival(cohort, components, penalizer)
+    options = options or SurvivalOptions()
+    cohort = inputs.read(out.parent / "bags")
+    model, main = fit_main(cohort, options)
     followed = cohort.followed()
-    parameters = {"covariates": list(cohort.covariates), "components": components, "penalizer": penalizer}
     config = {
         "method": main,
         "n_patients": len(followed),
         "n_events": int(followed.event.sum()),
-        "provenance": _provenance(cohort, patients, parameters),
+        "times": _curve_times(followed).tolist(),
+        "provenance": _provenance(cohort, inputs, options, {}),
     }
     figures = pd.read_csv(summary, sep="\t") if summary else None
     with whole(out) as part:
-        part.mkdir()
-        save_cox(model, part, config)
-        (part / "card.md").write_text(_card(followed, model, main, figures), encoding="utf-8")
+        save_model(model, part, config)
+        (part / "card.md").write_text(write_card(followed, main, options.seeds, figures), encoding="utf-8")
 
 
-def train_survival(cohort: Cohort, components: int = 10, penalizer: float = 0.1) -> tuple[CoxModel, str]:
-    """Fit the main model, the fullest that the cohort allows, on all followed patients; give its name too."""
-    methods, main = _methods(cohort, components, penalizer)
-    return methods[main](cohort.followed()), main
+def predict(inputs: Inputs, model: Path, out: Path) -> None:
+    """Predict the patients of a sheet with a trained model; write a table (TSV) with a row a patient.
 
+    Columns: `patient_id`, `n_spots` (instances), `has_rna`, `risk`, `risk_group` (`high` above the median of the
+    training patients), and `survival_at_<time>`, the probability to be free of the event.
 
-def _methods(cohort: Cohort, components: int, penalizer: float) -> tuple[dict[str, Fit], str]:
-    """Return the methods, and the name of the main one."""
-    methods = cox_methods(cohort, components, penalizer)
-    main = list(methods)[-1]
-    if main == "constant":
-        raise HistrataError(
-            "There are neither embeddings nor covariates to predict survival from; "
-            "give the embedding.h5ad of the slides, or add covariates to the patient sheet."
-        )
-    return methods, main
-
-
-def cohort_table(
-    cohort: Cohort, result: Evaluation, main: str, final: CoxModel, times: NDArray[np.float64]
-) -> ad.AnnData:
-    """Make cohort.h5ad: one row a patient, ready for scanpy.
-
-    Keys written
-    ------------
-    X
-        float32 (patients, features): mean embedding; the mean over the cohort for a patient without a
-        slide (`obs["n_spots"]` is 0), since scanpy does not take missing values.
-    obs
-        `time`, `event`, the covariates, `subject_id`, `n_slides`, `n_spots`; `followed`: whether there
-        is follow-up; `fold` in which the patient was held out, and the `risk` (log hazard) and
-        `risk_group` (`high` above the median risk of that fold's training patients) that this fold's
-        model gave. Patients without follow-up, on whom nothing was trained, have the final model's.
-    obsm["survival"]
-        float32 (patients, times): predicted probability to be free of the event.
-    uns["survival"]
-        `times` of these columns (deciles of the observed event times; only where curves are read, no
-        model depends on them), `method`, and `logrank_p` between the risk groups.
+    Parameters
+    ----------
+    inputs
+        As for `evaluate`; any of the modalities that the model reads may be missing, for one patient or for all, and
+        follow-up is not looked at.
+    model
+        Folder that `train` wrote.
+    out
+        Table to write.
     """
-    held = result.predictions.query("method == @main").set_index("patient_id")
-    rest = cohort.followed(False)
-    risk, late = final.risk(rest), final.survival(rest, times)
-    last = pd.DataFrame(
-        {"fold": "final", "risk": risk, "high": risk > final.cut}
-        | {f"survival_{i}": late[:, i] for i in range(len(times))},
-        index=rest.patients.index,
+    fitted = load_model(model)
+    times = json.loads((model / "config.json").read_text(encoding="utf-8"))["times"]
+    cohort = inputs.read(out.parent / "bags")
+    risk, curves = fitted.risk(cohort), fitted.survival(cohort, times)
+    table = pd.DataFrame(
+        {
+            "patient_id": cohort.patients.index,
+            "n_spots": cohort.patients["n_spots"].to_numpy(),
+            "has_rna": cohort.has_rna,
+            "risk": risk,
+            "risk_group": np.where(risk > fitted.cut, "high", "low"),
+        }
+        | {f"survival_at_{time:g}": curves[:, i] for i, time in enumerate(times)}
     )
-    predicted = pd.concat([held, last] if len(rest) else [held]).reindex(cohort.patients.index)
-    group = np.where(predicted["high"].astype(bool), "high", "low")
-    obs = cohort.patients.assign(
-        followed=cohort.patients.index.isin(held.index),
-        fold=pd.Categorical(predicted["fold"]),
-        risk=predicted["risk"].to_numpy(np.float64),
-        risk_group=pd.Categorical(group, categories=["low", "high"]),
-    )
-    for name in obs.select_dtypes(object):
-        obs[name] = obs[name].astype("string").astype("category")
-    table = ad.AnnData(_filled(cohort.pool), obs=obs, var=pd.DataFrame(index=list(cohort.features)))
-    curves = predicted[[f"survival_{i}" for i in range(len(times))]]
-    table.obsm["survival"] = curves.to_numpy(np.float32)
-    p = logrank_p(obs[obs["followed"]])
-    table.uns["survival"] = {"times": times, "method": main, "logrank_p": p}
-    return table
-
-
-def _filled(pool: NDArray[np.float32]) -> NDArray[np.float32]:
-    missing = np.isnan(pool).any(axis=1)
-    filled = pool.copy()
-    filled[missing] = pool[~missing].mean(axis=0, dtype=np.float64) if not missing.all() else 0
-    return filled
+    write_tsv(table, out)
 
 
 def _curve_times(followed: Cohort) -> NDArray[np.float64]:
@@ -191,57 +161,6 @@ def _curve_times(followed: Cohort) -> NDArray[np.float64]:
     return np.unique(np.quantile(followed.time[followed.event], np.linspace(0.1, 0.9, 9)))
 
 
-def _provenance(cohort: Cohort, patients: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    inputs = {"patients": patients}
-    for slide, path in zip(cohort.slides["slide_id"], cohort.slides["path"], strict=True):
-        inputs[f"embedding/{slide}"] = path
-    return provenance(parameters, inputs)
-
-
-def _card(followed: Cohort, model: CoxModel, main: str, figures: pd.DataFrame | None) -> str:
-    """Say what the model is for, what it was made of, how it did beside its baselines, and its limits."""
-    slides = int((followed.patients["n_slides"] > 0).sum())
-    names = ", ".join(followed.covariates) or "none"
-    return "\n".join(
-        [
-            "# Survival model",
-            "",
-            f"Ridge Cox regression, `{main}`; schema version {SCHEMA_VERSION}.",
-            "",
-            "## Intended use",
-            "",
-            "Research: to rank patients of a cohort like the one it was trained on by their hazard. It is no "
-            "medical device and is not to be used to decide on the care of a patient.",
-            "",
-            "## Trained on",
-            "",
-            f"- {len(followed)} patients with follow-up, {int(followed.event.sum())} observed events",
-            f"- {slides} of them with slides; {len(followed.features)} features, mean over all spots on "
-            f"tissue, {len(model.pooling.axes)} principal components",
-            f"- covariates: {names}",
-            "",
-            "## How well it predicts held-out patients",
-            "",
-            *_figures(figures),
-            "",
-            "## Limits",
-            "",
-            "- The figures come from cross-validation within this cohort; other hospitals, scanners and "
-            "stains were not tried unless the cohort has them.",
-            "- A mean over spots does not see where in the tissue a feature lies.",
-            "- A patient without slides gets the mean embedding of the training patients.",
-            "- With few events the intervals are wide; a model whose interval holds that of the constant "
-            "predictor (0.5 for the c-indices) has shown nothing.",
-            "",
-        ]
-    )
-
-
-def _figures(figures: pd.DataFrame | None) -> list[str]:
-    if figures is None:
-        return ["Not evaluated: run `histrata survival evaluate` and train with its summary.tsv."]
-    rows = ["| method | metric | value | 95 % interval over patients | patients |", "|---|---|---|---|---|"]
-    return rows + [
-        f"| {row.method} | {row.metric} | {row.mean:.3f} | {row.ci_low:.3f} to {row.ci_high:.3f} | {row.n_patients} |"
-        for row in figures.itertuples()
-    ]
+def _provenance(cohort: Cohort, inputs: Inputs, options: SurvivalOptions, parameters: dict[str, Any]) -> dict[str, Any]:
+    chosen = {name: value for name, value in asdict(options).items() if name not in _NO_PARAMETERS}
+    return provenance(inputs.parameters(cohort) | chosen | parameters, inputs.files(cohort))

@@ -1,0 +1,71 @@
+"""What the models of an evaluation say of the spots of patients whom they did not see."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from histrata.survival.cohort import Cohort
+from histrata.survival.fitting import SurvivalModel
+from histrata.survival.instance_files import spots_of
+from histrata.survival.methods import Ensemble
+from histrata.survival.spots import write_spots
+from histrata.survival.training import NetworkModel
+
+
+class Explained:
+    """Collects, slide by slide, what each spot adds to its patient's risk, and its prototype.
+
+    Called with what `evaluate_survival` fits, it takes what the networks of the model `main` say of the patients that
+    they did not see: the mean of the contributions over the seeds, and the prototype of the first seed, since
+    prototypes of other seeds are others. Instances that were given ready-made have no spots to draw.
+    """
+
+    def __init__(self, cohort: Cohort, main: str) -> None:
+        self.cohort, self.main = cohort, main
+        drawn = "path" in cohort.slides and cohort.bags is not None
+        self.slides = cohort.slides[cohort.slides["path"].map(_is_embedding)] if drawn else cohort.slides[:0]
+        self.found: dict[str, tuple[Path, pd.DataFrame, str]] = {}
+
+    def __call__(self, method: str, fold: str, models: Sequence[SurvivalModel], patients: Sequence[str]) -> None:
+        """Look at the slides of these patients with the models of one fold."""
+        networks = [m for m in models if isinstance(m, NetworkModel) and m.features]
+        if method != self.main or not networks or self.cohort.bags is None:
+            return
+        asked = self.slides[self.slides["patient_id"].isin(patients)]
+        columns = (asked["slide_id"], asked["path"].map(Path), asked["row"].astype(int), asked["n_spots"].astype(int))
+        for slide, path, row, n_spots in zip(*columns, strict=True):
+            instances = self.cohort.bags.instances[row : row + n_spots]
+            if not len(instances):
+                continue
+            told = [network.explain(instances) for network in networks]
+            found = pd.DataFrame(
+                {
+                    "risk_contribution": np.mean([contribution for contribution, _ in told], axis=0),
+                    "prototype": [networks[0].name_prototype(int(index)) for index in told[0][1]],
+                },
+                index=spots_of(path),
+            )
+            self.found[str(slide)] = (path, found, fold)
+
+    def rest(self, final: SurvivalModel) -> None:
+        """Look at the slides that no fold held out with the final model."""
+        known = self.slides["slide_id"].astype(str).isin(list(self.found))
+        members = final.members if isinstance(final, Ensemble) else (final,)
+        self(self.main, "final", members, self.slides.loc[~known, "patient_id"].tolist())
+
+    def write(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """Write a table for each slide into a folder, in place of what an earlier run left there."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for slide, (embedding, found, fold) in sorted(self.found.items()):
+            write_spots(embedding, found, folder / f"{slide}.h5ad", fold, provenance)
+
+
+def _is_embedding(path: Any) -> bool:
+    return Path(path).name == "embedding.h5ad"

@@ -1,0 +1,170 @@
+"""What is fitted to a cohort: the model that was asked for, the baselines that the cohort allows, and controls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from histrata.errors import HistrataError
+from histrata.survival.baselines import baseline_methods, model_methods
+from histrata.survival.cohort import Cohort
+from histrata.survival.cox import CoxFit
+from histrata.survival.fitting import Fit, SurvivalModel
+from histrata.survival.methods import CONTROL, Method, ensemble
+from histrata.survival.prototypes import fit_prototypes
+from histrata.survival.training import TrainingOptions, network_method
+
+log = logging.getLogger(__name__)
+
+COX = "cox"
+MODELS = ("pibd", "pibd_reference", "attention_mil", COX)
+_INNER_FOLDS = 3
+
+
+@dataclass(frozen=True)
+class SurvivalOptions:
+    """What can be chosen about survival models; keys of the `survival` section of the config.
+
+    Attributes
+    ----------
+    model
+        One of `MODELS`: ridge Cox on all that is known, PIBD (ours, or as published), or attention MIL.
+    model_options
+        Keys of the network's configuration that differ from the variant's.
+    head, bins, epochs, batch_size, learning_rate, weight_decay
+        See `histrata.survival.training.TrainingOptions`.
+    seeds
+        Models of so many seeds speak together; networks only.
+    basic_covariates
+        Columns of the sheet that are a baseline of their own; None for age and sex.
+    components, rna_components, penalizer
+        Of the ridge Cox models: principal components of the mean embedding and of RNA, and strength of the ridge.
+    controls
+        Whether the model is fitted with each of its modalities shuffled, too.
+    device
+        auto, cpu, cuda or cuda:N.
+    """
+
+    model: str = "cox"
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    head: str = "cox"
+    bins: int = 4
+    epochs: int = 20
+    batch_size: int = 128
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.1
+    seeds: int = 3
+    basic_covariates: Sequence[str] | None = None
+    components: int = 10
+    rna_components: int = 30
+    penalizer: float = 0.1
+    controls: bool = True
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise HistrataError(f"survival.model is '{self.model}'; choose one of {', '.join(MODELS)}")
+        if self.seeds < 1:
+            raise HistrataError(f"survival.seeds is {self.seeds}; it must be at least 1")
+        self.training(self.model)
+
+    def training(self, model: str, modalities: tuple[str, ...] = ("histology", "rna")) -> TrainingOptions:
+        """Return how a network is trained."""
+        return TrainingOptions(
+            model=model,
+            model_options=self.model_options if model == self.model else {},
+            modalities=modalities,
+            head=self.head,
+            bins=self.bins,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            device=self.device,
+        )
+
+
+class Plan(NamedTuple):
+    """What is fitted.
+
+    Attributes
+    ----------
+    methods
+        Everything that an evaluation compares, simplest first.
+    main
+        Name of the model among them.
+    """
+
+    methods: dict[str, Method]
+    main: str
+
+
+def plan_methods(cohort: Cohort, options: SurvivalOptions) -> Plan:
+    """Choose what a cohort allows.
+
+    Raises
+    ------
+    HistrataError
+        There is nothing to predict from, or a basic covariate that the cohort lacks.
+    """
+    main, fit, uses = _main(cohort, options)
+    more: dict[str, Fit] = {}
+    if _has_bags(cohort):
+        more["prototypes"] = fit_prototypes
+        if main != "attention_mil":
+            more["attention_mil"] = network_method(options.training("attention_mil", ("histology",)))
+    methods = baseline_methods(
+        cohort,
+        basic=options.basic_covariates,
+        components=options.components,
+        rna_components=options.rna_components,
+        penalizer=options.penalizer,
+        more=more,
+    )
+    methods |= model_methods(main, fit, cohort, uses=uses, inner_folds=_INNER_FOLDS, draws=main != COX)
+    if not options.controls:
+        methods = {name: method for name, method in methods.items() if method.kind != CONTROL}
+    return Plan(methods, main)
+
+
+def fit_main(cohort: Cohort, options: SurvivalOptions) -> tuple[SurvivalModel, str]:
+    """Fit the model, with every seed, to all patients who have follow-up; give its name too."""
+    main, fit, _ = _main(cohort, options)
+    train = cohort.followed()
+    seeds = range(options.seeds if main != COX else 1)
+    return ensemble([fit(train, seed) for seed in seeds], train), main
+
+
+def _main(cohort: Cohort, options: SurvivalOptions) -> tuple[str, Fit, tuple[str, ...]]:
+    """Return name and fit of the model, and the modalities that it reads."""
+    reads = {"bags": _has_bags(cohort), "rna": cohort.rna is not None and bool(cohort.pathways)}
+    if options.model == "attention_mil":
+        reads["rna"] = False
+    uses = tuple(name for name, there in reads.items() if there)
+    if options.model != COX and uses:
+        if cohort.rna is not None and not cohort.pathways:
+            log.warning("%s reads RNA by gene sets; without gene_sets only the baselines use it.", options.model)
+        return options.model, network_method(options.training(options.model)), uses
+    known = {"bags": bool(cohort.features), "rna": cohort.rna is not None, "covariates": bool(cohort.covariates)}
+    if not any(known.values()):
+        raise HistrataError(
+            "There are neither embeddings, instances, RNA nor covariates to predict survival from; "
+            "give the embedding.h5ad of the slides, or add covariates to the patient sheet."
+        )
+    if options.model != COX:
+        log.warning("%s has neither instances nor RNA with gene sets to read; ridge Cox is fitted.", options.model)
+    fit = CoxFit(
+        pool=known["bags"],
+        rna=known["rna"],
+        covariates=known["covariates"],
+        components=options.components,
+        rna_components=options.rna_components,
+        penalizer=options.penalizer,
+    )
+    return COX, fit, tuple(name for name, there in known.items() if there)
+
+
+def _has_bags(cohort: Cohort) -> bool:
+    return cohort.bags is not None and bool(cohort.bags.counts.any())

@@ -1,0 +1,73 @@
+"""Fitted survival models as folders: one of ridge Cox, one network, or networks of several seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from histrata.errors import HistrataError
+from histrata.survival import cox, training
+from histrata.survival.cox import CoxModel, load_cox, save_cox
+from histrata.survival.fitting import SurvivalModel
+from histrata.survival.methods import Ensemble
+from histrata.survival.training import NetworkModel, load_network, save_network
+
+FORMAT = "histrata-survival-ensemble-1"
+
+
+def save_model(model: SurvivalModel, folder: Path, config: Mapping[str, Any]) -> None:
+    """Write a model into a folder: config.json (with `config` beside what the model needs) and the weights.
+
+    Weights are model.safetensors; those of several seeds lie in the folders seed-0, seed-1, ...
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, CoxModel):
+        save_cox(model, folder, dict(config))
+    elif isinstance(model, NetworkModel):
+        save_network(model, folder, config)
+    elif isinstance(model, Ensemble):
+        names = [f"seed-{i}" for i in range(len(model.members))]
+        for name, member in zip(names, model.members, strict=True):
+            save_model(member, folder / name, {})
+        content = {"format": FORMAT, "members": names, "centres": model.centres.tolist(), "cut": model.cut}
+        # The scale of a constant risk is infinite, which JSON does not know: its inverse is 0.
+        content |= {"inverse_scales": (1 / model.scales).tolist(), **config}
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    else:
+        raise TypeError(f"a {type(model).__name__} cannot be saved")
+
+
+def load_model(folder: Path) -> SurvivalModel:
+    """Read a model that `histrata survival train` wrote.
+
+    Raises
+    ------
+    HistrataError
+        A folder that does not hold such a model.
+    """
+    folder = Path(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise HistrataError(f"{folder} has no config.json; give the folder that `histrata survival train` wrote.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise HistrataError(f"{file} is not the config of a survival model; train the model again.") from error
+    if kind == cox.FORMAT:
+        return load_cox(folder)
+    if kind == training.FORMAT:
+        return load_network(folder)
+    if kind != FORMAT:
+        raise HistrataError(
+            f"{file} has the format '{kind}' where one of {cox.FORMAT}, {training.FORMAT} and {FORMAT} was expected; "
+            "train the model again with this version."
+        )
+    members = tuple(load_model(folder / name) for name in config["members"])
+    with np.errstate(divide="ignore"):
+        scales = 1 / np.array(config["inverse_scales"])
+    return Ensemble(members, np.array(config["centres"]), scales, float(config["cut"]))

@@ -1,0 +1,145 @@
+"""Survival from files to files with a network: evaluation, training, and prediction from what is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+
+from histrata.errors import HistrataError
+from histrata.survival import Inputs, SurvivalOptions, evaluate, load_model, predict, train
+from histrata.tables import on_spots, spots_table, write_table
+
+FAST = SurvivalOptions(model="pibd", head="hazards", bins=2, epochs=2, batch_size=16, seeds=2, controls=False)
+D, SPOTS = 5, 6
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """24 patients with a slide each, but for the last; RNA of all but the first; one without follow-up."""
+    folder, rng = tmp_path_factory.mktemp("cohort"), np.random.default_rng(0)
+    names = [f"p{i:02d}" for i in range(24)]
+    paths = [_write_slide(folder / "slides" / f"s{name}", name, rng) for name in names[:-1]]
+    genes = [f"G{i}" for i in range(8)]
+    rna = pd.DataFrame(rng.normal(size=(23, 8)), index=names[1:], columns=genes)
+    rna.to_csv(folder / "rna.csv")
+    (folder / "sets.gmt").write_text("one\tx\tG0\tG1\tG2\ntwo\tx\tG2\tG5\n")
+    sheet = pd.DataFrame({"patient_id": names, "time": rng.exponential(10, 24) + 0.1, "event": rng.integers(0, 2, 24)})
+    sheet = sheet.assign(event=[1, 1, 0] * 8, age=rng.normal(60, 9, 24).round()).astype({"event": "Int64"})
+    sheet.loc[5, ["time", "event"]] = None
+    sheet.to_csv(folder / "patients.tsv", sep="\t", index=False)
+    return Inputs(folder / "patients.tsv", paths, rna=folder / "rna.csv", gene_sets=folder / "sets.gmt")
+
+
+def _write_slide(folder: Path, patient: str, rng: np.random.Generator) -> Path:
+    slide = folder.name
+    columns = {"slide_id": slide, "patient_id": patient, "in_tissue": 1, "array_row": 0, "array_col": range(SPOTS)}
+    obs = pd.DataFrame(columns, index=[f"b{i}" for i in range(SPOTS)])
+    obs.loc["b0", "in_tissue"] = 0
+    spots = spots_table(
+        obs,
+        np.stack([np.arange(SPOTS) * 100.0 + 50, np.full(SPOTS, 50.0)], axis=1),
+        None,
+        pd.DataFrame(index=pd.Index([], dtype=str)),
+        slide_id=slide,
+        mpp=1.0,
+        spot_diameter_um=55.0,
+        image=np.full((20, 70, 3), 200, np.uint8),
+        scale=0.1,
+        provenance={},
+    )
+    features = pd.DataFrame(index=[f"f{i}" for i in range(D)])
+    write_table(on_spots(spots, rng.normal(size=(SPOTS, D)), features, {}), folder / "embedding.h5ad")
+    return folder / "embedding.h5ad"
+
+
+@pytest.fixture(scope="module")
+def out(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("survival")
+    evaluate(inputs, folder, FAST, folds=2, horizons=(5.0,), tau=9.0)
+    train(inputs, folder / "model", FAST, summary=folder / "summary.tsv")
+    return folder
+
+
+def test_the_model_stands_beside_its_baselines(out: Path) -> None:
+    summary = pd.read_csv(out / "summary.tsv", sep="\t", keep_default_na=False)
+    own = summary[summary["baseline"] == ""]
+    expected = ("constant", "basic_covariates", "covariates", "rna_pca", "mean_pool", "prototypes", "attention_mil")
+    # Age is all covariates that there are, so it is no row of its own.
+    assert set(own["method"]) == {*expected, "late_fusion", "pibd", "pibd_covariates"} - {"basic_covariates"}
+    assert {"harrell_c", "uno_c", "auc_at_5", "integrated_brier", "brier_skill"} <= set(own["metric"])
+    pairs = summary[(summary["method"] == "pibd") & (summary["metric"] == "harrell_c") & (summary["baseline"] != "")]
+    assert {"constant", "covariates", "rna_pca", "attention_mil"} <= set(pairs["baseline"])
+    assert set(pd.read_csv(out / "calibration.tsv", sep="\t")["horizon"]) == {5.0}
+
+
+def test_the_cohort_is_ready_for_scanpy(out: Path) -> None:
+    table = sc.read_h5ad(out / "cohort.h5ad")
+    assert list(table.var_names) == [f"G{i}" for i in range(8)]
+    assert not np.isnan(table.X).any()
+    assert table.obs.loc["p05", "fold"] == "final"
+    assert not table.obs.loc["p05", "followed"]
+    assert table.obs["has_rna"].tolist() == [False] + [True] * 23
+    assert table.obsm["X_mean"].shape == (24, D)
+    assert np.isfinite(table.obsm["X_prototypes"]).all()
+    sc.pp.neighbors(table, n_neighbors=4, use_rep="X_prototypes")
+    sc.tl.rank_genes_groups(table, "risk_group")
+
+
+def test_every_spot_on_tissue_is_told_by_a_model_that_did_not_see_the_patient(inputs: Inputs, out: Path) -> None:
+    folds = sc.read_h5ad(out / "cohort.h5ad").obs["fold"]
+    paths = sorted((out / "spots").glob("*.h5ad"))
+    assert [path.stem for path in paths] == [f"sp{i:02d}" for i in range(23)]
+    for path in paths:
+        spots = ad.read_h5ad(path)
+        assert spots.obs["risk_contribution"].notna().tolist() == [False] + [True] * (SPOTS - 1)
+        assert spots.obs["prototype"].dropna().str.match(r"(event|censored) at .* to ").all()
+        assert set(spots.obs["fold"]) == {folds[path.stem[1:]]}
+
+
+@pytest.mark.parametrize("known", [{"slides", "rna"}, {"slides"}, {"rna"}, set()])
+def test_new_patients_are_predicted_from_what_is_known(
+    inputs: Inputs, out: Path, tmp_path: Path, known: set[str]
+) -> None:
+    new = Inputs(
+        inputs.patients,
+        inputs.embeddings if "slides" in known else (),
+        rna=inputs.rna if "rna" in known else None,
+        gene_sets=inputs.gene_sets if "rna" in known else None,
+    )
+    predict(new, out / "model", tmp_path / "predicted.tsv")
+    table = pd.read_csv(tmp_path / "predicted.tsv", sep="\t")
+    assert len(table) == 24
+    assert table["risk"].notna().all()
+    curves = table.filter(like="survival_at_").to_numpy()
+    assert ((curves >= 0) & (curves <= 1)).all()
+    assert (np.diff(curves, axis=1) <= 1e-6).all()
+    if known == {"slides", "rna"}:
+        model, cohort = load_model(out / "model"), inputs.read()
+        np.testing.assert_allclose(table["risk"], model.risk(cohort), atol=1e-5)
+    if not known:
+        assert table["risk"].nunique() == 1
+    card = (out / "model" / "card.md").read_text()
+    assert "`pibd`, mean of 2 seeds" in card
+    assert "| pibd | harrell_c |" in card
+
+
+def test_a_folder_that_holds_no_model_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    for text, told in ((None, "no config.json"), ("{}", "not the config"), ('{"format": "x"}', "the format 'x'")):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(HistrataError, match=told):
+            load_model(tmp_path)
+        with pytest.raises(HistrataError, match=told):
+            predict(inputs, tmp_path, tmp_path / "out.tsv")
+
+
+def test_options_out_of_range() -> None:
+    with pytest.raises(HistrataError, match=r"survival\.model is 'x'; choose one of"):
+        SurvivalOptions(model="x")
+    with pytest.raises(HistrataError, match=r"survival\.seeds is 0"):
+        SurvivalOptions(seeds=0)
