@@ -60,7 +60,7 @@ def summary_table(summary: pd.DataFrame, caption: str, metrics: Sequence[str]) -
         mine = [cells.get((method, metric)) for metric in shown]
         patients = max((int(cell["n_patients"]) for cell in mine if cell), default=0)
         rows.append([METHODS.get(method, method), *map(_cell, mine), str(patients)])
-    main = [row for row, method in enumerate(methods) if method in {MAIN, "mean_pool_covariates"}]
+    main = [row for row, method in enumerate(methods) if method in {MAIN, "cox", "pibd", "pibd_reference"}]
     columns = ["Method", *(METRICS.get(m, m) for m in shown), "Patients"]
     return Table(caption, columns, rows, main[0] if main else None)
 

@@ -10,10 +10,11 @@ from histrata.errors import TableError
 from histrata.report.figures import read_picture
 from histrata.report.parts import Figure, Part, read_tsv
 from histrata.report.slides import draw_panels
-from histrata.report.summary import metrics_of, read_summary, summary_table
+from histrata.report.summary import read_summary, summary_table
 from histrata.tables import read_table
 
 _FEW_EVENTS = 100
+_SHOWN = ("harrell_c", "uno_c", "integrated_brier", "brier_skill", "harrell_c_fold_mean")
 
 
 def describe_survival(folder: Path) -> Part:
@@ -25,7 +26,7 @@ def describe_survival(folder: Path) -> Part:
     summary = summary[summary["baseline"] == ""]
     part = Part(notes=_survival_caveat(folder / "evaluation.tsv"))
     caption = "Held-out patients of all folds, with 95 % intervals over patients"
-    part.tables.append(summary_table(summary, caption, metrics_of(summary)))
+    part.tables.append(summary_table(summary, caption, _SHOWN))
     curves = folder / "kaplan_meier.png"
     if curves.is_file():
         alt = "Kaplan-Meier curves of the patients with high and with low predicted risk, each while held out"
