@@ -36,6 +36,7 @@ from sklearn.decomposition import PCA
 
 from histrata.errors import HistrataError, TableError
 from histrata.survival.cohort import Cohort
+from histrata.survival.folder import read_config
 
 Array = NDArray[np.float64]
 NOT_KNOWN = "not known"
@@ -411,15 +412,7 @@ def load_cox(folder: Path) -> CoxModel:
         A folder that does not hold such a model.
     """
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise HistrataError(f"{folder} has no {name}; give the folder that `histrata survival train` wrote.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("format") != FORMAT:
-        raise HistrataError(
-            f"{folder}/config.json has the format '{config.get('format')}' where '{FORMAT}' was expected; "
-            "train the model again with this version."
-        )
+    config = read_config(folder, FORMAT)
     arrays = load_file(folder / "model.safetensors")
     pooling = Pooling(tuple(config["features"]), *(arrays.pop(f"pool_{a}") for a in ("mean", "scale", "axes")))
     rna, genes = Pooling.none(), tuple(config.get("genes", ()))

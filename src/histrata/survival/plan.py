@@ -49,12 +49,12 @@ class SurvivalOptions:
 
     model: str = "cox"
     model_options: Mapping[str, Any] = field(default_factory=dict)
-    head: str = "cox"
-    bins: int = 4
-    epochs: int = 20
-    batch_size: int = 128
-    learning_rate: float = 1e-2
-    weight_decay: float = 0.1
+    head: str = TrainingOptions.head
+    bins: int = TrainingOptions.bins
+    epochs: int = TrainingOptions.epochs
+    batch_size: int = TrainingOptions.batch_size
+    learning_rate: float = TrainingOptions.learning_rate
+    weight_decay: float = TrainingOptions.weight_decay
     seeds: int = 3
     basic_covariates: Sequence[str] | None = None
     components: int = 10

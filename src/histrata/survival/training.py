@@ -24,6 +24,7 @@ from histrata.registry import create_model
 from histrata.survival.bags import Bags
 from histrata.survival.cohort import Cohort
 from histrata.survival.fitting import Fit
+from histrata.survival.folder import read_config
 from histrata.survival.hazards import Bins, breslow, hazard_risk
 from histrata.survival.networks import CHUNK, Inputs, SurvivalNetwork, seeded
 
@@ -406,15 +407,7 @@ def load_network(folder: Path) -> NetworkModel:
         A folder that does not hold such a model.
     """
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise HistrataError(f"{folder} has no {name}; give the folder that `histrata survival train` wrote.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("format") != FORMAT:
-        raise HistrataError(
-            f"{folder}/config.json has the format '{config.get('format')}' where '{FORMAT}' was expected; "
-            "train the model again with this version."
-        )
+    config = read_config(folder, FORMAT)
     tensors = load_file(folder / "model.safetensors")
     bins, baseline = Bins(tensors.pop("edges").numpy()), tensors.pop("baseline").numpy()
     network: Any = create_model(config["model"], **config["architecture"])
