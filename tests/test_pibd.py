@@ -498,9 +498,9 @@ def test_a_planted_signal_is_found():
     # Of the instances of a bag, 6 in 40 were planted.
     assert told["selected"] > 0.5
     # Prototypes that patients are assigned to are those of their risk group.
-    assert told["assigned"] > 0.6
+    assert told["assigned"] > 0.65
     # A true instance of a patient at high risk speaks for risk, and one of a patient at low risk against it.
-    assert told["explained"] > 0.6
+    assert told["explained"] > 0.65
 
 
 def _planted_figures(seed):

@@ -63,7 +63,7 @@ def run(tmp_path_factory) -> Path:
     with (folder / "slides.tsv").open("a") as sheet:
         sheet.write("broken\tbroken.svs\tpatient-99\n")
     (folder / "broken.svs").write_bytes(b"not a slide")
-    change(folder, m2ost={"epochs": 12, "n_genes": 60})
+    change(folder, m2ost={"epochs": 16, "n_genes": 60})
     snakemake(folder)
     return folder
 
@@ -116,7 +116,7 @@ def test_the_truth_is_recovered(run):
         found.append(np.nanmean([np.corrcoef(x[g], y[g])[0, 1] for g in chosen]))
         order = rng.permutation(len(x))
         shuffled.append(np.nanmean([np.corrcoef(x[g].to_numpy()[order], y[g])[0, 1] for g in chosen]))
-    assert np.mean(found) > 0.35
+    assert np.mean(found) > 0.4
     assert np.mean(found) > np.mean(shuffled) + 0.3
     summary = pd.read_csv(run / "results" / "m2ost" / "summary.tsv", sep="\t")
     summary = summary[summary["baseline"].isna()].set_index(["method", "metric"])
