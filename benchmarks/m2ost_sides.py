@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import resource
 import statistics
 import time
@@ -48,7 +49,8 @@ class Sides:
     device: torch.device
 
 
-def options_of(about: str, spots: int) -> argparse.Namespace:
+def options_of(about: str, spots: int, **further: dict[str, Any]) -> argparse.Namespace:
+    """Read the command line; `further` are options of the one benchmark, each as `add_argument` takes it."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--model", default="m2ost_small", choices=("m2ost_small", "m2ost_reference"))
     parser.add_argument("--spots", type=int, default=spots, help="spots of a pass")
@@ -57,6 +59,8 @@ def options_of(about: str, spots: int) -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=4, help="CMU-1-Small-Region is mirrored so many times each way")
     parser.add_argument("--cores", type=int, default=CORES, help="of the CPU; 1 where others use the machine, too")
     parser.add_argument("--device", default="auto")
+    for name, settings in further.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
     options = parser.parse_args()
     use_cores(options.cores)
     torch.set_num_threads(options.cores)
@@ -65,16 +69,21 @@ def options_of(about: str, spots: int) -> argparse.Namespace:
     return options
 
 
-def prepare(folder: Path, options: argparse.Namespace, *, augment: bool) -> Sides:
-    """Write the slide and its pyramid, build both sides, and see that their networks give the same."""
+def prepare(folder: Path, options: argparse.Namespace, *, augment: bool, pitch_patches: float | None = None) -> Sides:
+    """Write the slide and its pyramid, build both sides, and see that their networks give the same.
+
+    Spots are scattered, or on a grid of so many patches of the finest level.
+    """
     svs, zarr = folder / "mirrored.svs", folder / "mirrored.ome.zarr"
     width, height = write_mirrored(svs, options.times)
     write_pyramid(svs, zarr, threads=CORES)
-    centres = scattered(width, height, options.spots)
     targets = np.random.default_rng(1).standard_normal((options.spots, N_GENES)).astype(np.float32)
     model: Any = create_model(options.model, n_genes=N_GENES)
     size = model.config.size
     mpp = [FIELD_UM * wider / size for wider in model.config.fields_of_view]
+    centres = scattered(width, height, options.spots)
+    if pitch_patches:
+        centres = on_grid(width, height, options.spots, pitch_patches * model.config.patch_size * mpp[0] / MPP)
     spots: Any = SimpleNamespace(obsm={"spatial": centres})
     section = Section("mirrored", "mirrored", None, Pyramid(zarr), spots, None)  # type: ignore[arg-type]
     windows = SpotWindows([section], mpp, size, targets=targets, augment=augment, jitter=0.05)
@@ -83,6 +92,13 @@ def prepare(folder: Path, options: argparse.Namespace, *, augment: bool) -> Side
     sides = Sides(model.to(device), PlainM2OST(model).to(device), windows, plain_windows, device)
     check_equal(sides)
     return sides
+
+
+def on_grid(width: int, height: int, count: int, pitch: float) -> np.ndarray:
+    """Return (count, 2) centres x, y in level-0 px, row by row in the middle of the slide."""
+    rows, columns = np.divmod(np.arange(count), math.isqrt(count - 1) + 1)
+    places = np.column_stack([columns, rows]) * pitch
+    return (np.array([width, height]) - places.max(axis=0)) / 2 + places
 
 
 def check_equal(sides: Sides) -> None:

@@ -34,6 +34,7 @@ of its choice, and turns and flips all levels of a spot alike. With ``tokens="en
 - The normalisation that the ITMM creates and never uses is left out, so every parameter gets a gradient.
 - Nothing is computed that no output depends on: in the last layer only the class tokens and the mean of all
   tokens go through the CTMM's projection, its dropout and the CCMM.
+- Prediction on a CPU embeds patches that several windows of a batch have in common once (histrata.expression.patches).
 - Options that the published code lacks, all off in `m2ost_reference`; docs/m2ost.md has what each gives on real
   data, and the other variants have those on that earned it. From the paper, which the code does not follow:
   learned scalar weights in the CTMM (`cross_weights`) and random masks in the ITMM (`mask_ratio`). The field's
@@ -51,7 +52,7 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils import skip_init
 
 from histrata.errors import HistrataError
+from histrata.expression.patches import Distinct, Shared, cut_patches, pick
 from histrata.registry import make_config, register_model
 
 # Whole windows, their centre half, their centre quarter.
@@ -231,17 +233,30 @@ class DPE(nn.Module):
             torch.empty(1, config.n_tokens(level), config.dim) for level in range(config.n_levels)
         )
 
-    def forward(self, views: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, views: Sequence[Tensor], shared: Shared | None = None) -> list[Tensor]:
         """Turn views (n, 3, size, size) into tokens (n, n_tokens(level), dim), one tensor for each level."""
         if self.window_norm:
             views = [nn.functional.instance_norm(view) for view in views]
         tokens = [[self.class_token.expand(len(view), -1, -1)] for view in views]
         for j, embed in reversed(list(enumerate(self.embeddings))):
             # All levels that are cut at this granularity go through its embedding in one piece.
-            cut = [_patches(view, self.size // 2**j, self.patch_size // 2**j) for view in views[j:]]
-            for level, embedded in enumerate(self._embed(embed, torch.stack(cut).flatten(4).flatten(2, 3)), start=j):
-                tokens[level].append(embedded)
+            cut = [cut_patches(view, self.size // 2**j, self.patch_size // 2**j) for view in views[j:]]
+            distinct = [level[j] for level in shared[j:]] if shared else []
+            embedded = self._embed_distinct(embed, cut, distinct) if any(distinct) else self._embed_all(embed, cut)
+            for level, x in enumerate(embedded, start=j):
+                tokens[level].append(x)
         return [torch.cat(t, dim=1) + position for t, position in zip(tokens, self.positions, strict=True)]
+
+    def _embed_all(self, embed: Any, cut: list[Tensor]) -> Iterable[Tensor]:
+        """Embed every patch (n, rows, columns, 3, patch, patch) of each level: (n, rows * columns, dim)."""
+        return self._embed(embed, torch.stack(cut).flatten(4).flatten(2, 3))
+
+    def _embed_distinct(self, embed: Any, cut: list[Tensor], distinct: list[Distinct | None]) -> Iterable[Tensor]:
+        """Do what `_embed_all` does, with one of those patches that are equal."""
+        few = [(pick(x, d.first) if d else x.flatten(0, 2)).flatten(1) for x, d in zip(cut, distinct, strict=True)]
+        parts = self._embed(embed, torch.cat(few)).split([len(x) for x in few])
+        for x, d, part in zip(cut, distinct, parts, strict=True):
+            yield (part[d.which.to(part.device)] if d else part).unflatten(0, (len(x), -1))
 
     def _embed(self, embed: Any, patches: Tensor) -> Tensor:
         """Embed patches (..., 3 * patch * patch), colour by colour; the weights are for pixel by pixel."""
@@ -285,13 +300,6 @@ class TokenEmbedding(nn.Module):
         embedded = self.embedding(torch.stack(list(views))).unbind()
         first = self.class_token.expand(len(views[0]), -1, -1)
         return [torch.cat([first, x], dim=1) + position for x, position in zip(embedded, self.positions, strict=True)]
-
-
-def _patches(view: Tensor, crop: int, patch: int) -> Tensor:
-    """Cut the centre of (n, 3, size, size) into (n, rows, columns, 3, patch, patch), without a copy."""
-    start = (view.shape[-1] - crop) // 2
-    centre = view[..., start : start + crop, start : start + crop]
-    return centre.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
 
 
 def _patch_embedding(config: M2OSTConfig, j: int) -> nn.Sequential:
@@ -466,7 +474,12 @@ class M2OST(nn.Module):
         self.head = _linear(config.n_levels * config.dim, config.n_outputs * config.n_genes)
         self.reset_parameters(torch.Generator().manual_seed(seed))
 
-    def forward(self, views: Sequence[Tensor]) -> Tensor:
+    @property
+    def shares_patches(self) -> bool:
+        """Whether patches of the same pixels are embedded alike whatever window they are cut from."""
+        return self.config.tokens == "patches" and not self.config.window_norm
+
+    def forward(self, views: Sequence[Tensor], shared: Shared | None = None) -> Tensor:
         """Predict expression.
 
         Parameters
@@ -474,6 +487,8 @@ class M2OST(nn.Module):
         views
             A float tensor for each level, finest first: (n, 3, size, size), RGB in 0..1, or (n, token_count,
             token_dim) where the tokens are an encoder's.
+        shared
+            What `SharedPatches.find` gave for these views, of a model that `shares_patches`: less is embedded.
 
         Returns
         -------
@@ -485,7 +500,7 @@ class M2OST(nn.Module):
             The number of levels, a shape or a dtype is not that of the configuration.
         """
         self._check(views)
-        levels = self.dpe(views)
+        levels = self.dpe(views, shared) if shared else self.dpe(views)
         for layer in self.layers[:-1]:
             levels = layer(levels)
         last: Any = self.layers[-1]

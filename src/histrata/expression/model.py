@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError
+from histrata.expression.patches import SharedPatches
 from histrata.expression.sections import Section, find_coarse
 from histrata.expression.targets import Targets
 from histrata.expression.tokens import SpotTokens, TokenEncoder
@@ -70,9 +71,21 @@ class TrainedModel:
     half_width: np.ndarray | None = None
 
     def predict(
-        self, sections: Sequence[Section], *, batch_size: int = 64, device: str = "auto"
+        self, sections: Sequence[Section], *, batch_size: int = 64, device: str = "auto", share: bool = True
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Predict log1p of counts per 10,000 at every spot, and its standard deviation.
+
+        Parameters
+        ----------
+        sections
+            Where the spots lie.
+        batch_size
+            Spots predicted at once.
+        device
+            auto, cpu, cuda or cuda:N.
+        share
+            Whether patches that windows of a batch have in common are embedded once (on a CPU, where they are patches
+            of windows as they are on the slide): the same within rounding.
 
         Returns
         -------
@@ -89,12 +102,27 @@ class TrainedModel:
             if self.encoder
             else SpotWindows(sections, self.mpp, self.size)
         )
+        # A GPU embeds them all in less time than a CPU takes to find which are equal.
+        shared = _shared_patches(spots, network) if share and where.type == "cpu" else None
+        order = shared.order(batch_size) if shared else np.arange(len(spots))
         shape = (0, len(self.genes)) if self.targets.n_outputs == 1 else (0, self.targets.n_outputs, len(self.genes))
         outputs = [np.zeros(shape, dtype=np.float32)]
+        batches = tqdm(load_batches(spots, order.tolist(), batch_size), "predict", disable=None)
         with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
-            for levels, _ in tqdm(load_batches(spots, range(len(spots)), batch_size), "predict", disable=None):
-                outputs.append(network(scaled(levels, where)).float().cpu().numpy())
-        return self.targets.expression(np.concatenate(outputs))
+            for i, (levels, _) in enumerate(batches):
+                known = shared.find(order[i * batch_size :][:batch_size], levels) if shared else None
+                views = scaled(levels, where)
+                outputs.append((network(views, known) if known else network(views)).float().cpu().numpy())
+        return self.targets.expression(np.concatenate(outputs)[np.argsort(order)])
+
+
+def _shared_patches(spots: Spots, network: Any) -> SharedPatches | None:
+    """Return what finds patches that coincide; None where the network's patches are not cut from these windows."""
+    if not (isinstance(spots, SpotWindows) and getattr(network, "shares_patches", False)):
+        return None
+    # Windows of another number or size are left to the network to refuse.
+    fits = (len(spots.mpp), spots.size) == (network.config.n_levels, network.config.size)
+    return SharedPatches(spots, network.config) if fits else None
 
 
 class _ReadAhead(DataLoader[Batch]):

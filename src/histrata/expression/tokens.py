@@ -189,7 +189,7 @@ class SpotTokens(Spots):
     def _read(self, chosen: np.ndarray, stored: Sequence[np.ndarray]) -> np.ndarray:
         """Return float32 (n, tokens, channels) of the chosen spots at one level, from the files of the sections."""
         tokens = np.empty((len(chosen), *stored[0].shape[1:]), dtype=np.float32)
-        for i, rows in self._by_section(chosen):
+        for i, rows in self.by_section(chosen):
             tokens[rows] = stored[i][self._row[chosen[rows]]]
         return tokens
 

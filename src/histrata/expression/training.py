@@ -370,7 +370,11 @@ def _choose_levels(
 
 
 def _spots_of(model: TrainedModel, learned: Sequence[Section], values: np.ndarray, options: M2OSTOptions) -> Spots:
-    """Return what the network learns from: tokens, or windows that are augmented."""
+    """Return what the network learns from: tokens, or windows that are augmented.
+
+    These have no patches in common that could be embedded once, as in prediction: each is turned, and its colours are
+    changed, by itself, and the spots of a batch are drawn from all slides.
+    """
     given: Any = {"targets": values, "seed": options.seed}
     if model.encoder:
         return SpotTokens(learned, model.mpp, model.encoder, model.cache, device=options.device, **given)

@@ -64,7 +64,7 @@ class Spots(Dataset[Batch], ABC):
     def _levels(self, chosen: np.ndarray) -> list[np.ndarray]:
         """Return an array (n, ...) for each level of the chosen spots."""
 
-    def _by_section(self, chosen: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def by_section(self, chosen: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Give the index of each section that has some of the chosen spots, and which of them."""
         sections = self.section_of[chosen]
         for i in np.unique(sections):
@@ -114,7 +114,7 @@ class SpotWindows(Spots):
     def read(self, chosen: np.ndarray, mpp: float) -> np.ndarray:
         """Return uint8 (n, 3, size, size) windows of the chosen spots at `mpp` um/px, as they are on the slide."""
         windows = np.empty((len(chosen), 3, self.size, self.size), dtype=np.uint8)
-        for i, rows in self._by_section(chosen):
+        for i, rows in self.by_section(chosen):
             windows[rows], _ = self.sections[i].pyramid.windows(self.centres[chosen[rows]], mpp, self.size)
         return windows
 
