@@ -253,10 +253,9 @@ class DPE(nn.Module):
 
     def _embed_distinct(self, embed: Any, cut: list[Tensor], distinct: list[Distinct | None]) -> Iterable[Tensor]:
         """Do what `_embed_all` does, with one of those patches that are equal."""
-        few = [(pick(x, d.first) if d else x.flatten(0, 2)).flatten(1) for x, d in zip(cut, distinct, strict=True)]
-        parts = self._embed(embed, torch.cat(few)).split([len(x) for x in few])
-        for x, d, part in zip(cut, distinct, parts, strict=True):
-            yield (part[d.which.to(part.device)] if d else part).unflatten(0, (len(x), -1))
+        for x, d in zip(cut, distinct, strict=True):
+            embedded = self._embed(embed, (pick(x, d.first) if d else x.flatten(0, 2)).flatten(1))
+            yield (embedded[d.which.to(embedded.device)] if d else embedded).unflatten(0, (len(x), -1))
 
     def _embed(self, embed: Any, patches: Tensor) -> Tensor:
         """Embed patches (..., 3 * patch * patch), colour by colour; the weights are for pixel by pixel."""
