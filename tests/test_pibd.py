@@ -236,8 +236,8 @@ def test_a_large_bag_in_chunks_gives_what_it_gives_whole(name, monkeypatch):
         with torch.no_grad():
             results.append(model(inputs).logits)
     monkeypatch.undo()
-    if name.startswith("pibd"):  # and what it gives without setting aside what does not matter
-        monkeypatch.setattr(type(model), "reduce", lambda *_: slice(None))
+    if name == "pibd_reference":  # and what it gives without setting aside what does not matter
+        monkeypatch.setattr(type(model), "_set_aside", lambda _, cosine: torch.arange(len(cosine)))
     results.append(model(inputs).logits)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=1e-6, rtol=0)
@@ -246,28 +246,56 @@ def test_a_large_bag_in_chunks_gives_what_it_gives_whole(name, monkeypatch):
 def test_setting_instances_aside_changes_no_gradient(monkeypatch):
     grads = []
     for whole in (False, True):
-        model = make(dropout=0.0, gene_dropout=0.0, modality_dropout=0.0).eval()
+        model = make(dropout=0.0, gene_dropout=0.0, modality_dropout=0.0, select="nearest").eval()
         if whole:
-            monkeypatch.setattr(type(model), "reduce", lambda *_: slice(None))
+            monkeypatch.setattr(type(model), "_set_aside", lambda _, cosine: torch.arange(len(cosine)))
         sum(model.losses(model(inputs_of((300, 80, 0))), labels_of(3)).values()).backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("select", ["specific", "similar"])
+@pytest.mark.parametrize("select", ["telling", "nearest"])
 def test_selected_instances_are_distinct_and_the_highest(select):
     model, (bag,) = make(select=select).eval(), inputs_of((500,)).bags
-    rows = model.select(bag).tolist()
-    assert len(rows) == len(set(rows)) == SMALL["top_k"]
+    rows, k = model.select(bag).tolist(), SMALL["top_k"]
+    assert len(rows) == len(set(rows)) == k
     bottleneck = model.bottlenecks["histology"]
     x, means = model.encoder(bag).detach().double().numpy(), bottleneck.mean.detach().double().numpy()
     cosine = (x / np.linalg.norm(x, axis=1)[:, None]) @ (means / np.linalg.norm(means, axis=1)[:, None]).T
-    score = cosine.max(axis=1) - (cosine.mean(axis=1) if select == "specific" else 0)
-    assert set(rows) == set(np.argsort(-score)[: SMALL["top_k"]].tolist())
+    if select == "telling":
+        told = cosine @ bottleneck.told.weight.detach().double().numpy().mean(axis=0)
+        score, expected = np.abs(told - told.mean()), cosine.mean(axis=0)
+    else:
+        score, expected = cosine.max(axis=1), np.sort(cosine, axis=0)[::-1][:k].mean(axis=0)
+    assert set(rows) == set(np.argsort(-score)[:k].tolist())
+    seen = []
+    model.disentangling.register_forward_pre_hook(lambda _, args: seen.append(args[1][0][0][0]))
     out = model(Inputs([bag], None))
-    expected = np.sort(cosine, axis=0)[::-1][: SMALL["top_k"]].mean(axis=0)
     np.testing.assert_allclose(out.similarity[0, 0].detach(), expected, atol=1e-5)
+    tokens = {tuple(np.round(row, 4)) for row in x[rows]}
+    assert {tuple(np.round(row, 4)) for row in seen[0].detach().double().numpy()} == tokens
+
+
+def test_every_instance_counts_and_has_its_part_in_the_gradient():
+    model = make(n_genes=0, pathways=(), dropout=0.0).train()
+    bag = inputs_of((60,)).bags[0].requires_grad_()
+    model(Inputs([bag], None)).similarity.square().sum().backward()
+    assert (bag.grad.abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("head", ["hazards", "cox"])
+def test_what_instances_add_sums_to_what_their_similarities_add(head):
+    model, inputs = make(head=head).eval(), inputs_of((40, 25, 0, 1))
+    bottleneck = model.bottlenecks["histology"]
+    with torch.no_grad():
+        out = model(inputs)
+        model.rate([out], torch.arange(4.0))
+        added = bottleneck.told(out.similarity[:, 0] - out.similarity[[0, 1, 3], 0].mean(dim=0)).mean(dim=1)
+    for i in (0, 1, 3):
+        contribution, _ = model.explain(inputs.bags[i])
+        torch.testing.assert_close(contribution.sum(), added[i], atol=1e-5, rtol=1e-4)
+    assert model.explain(inputs.bags[2])[0].shape == (0,)
 
 
 def test_experts_multiply_as_gaussians_do():

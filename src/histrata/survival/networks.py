@@ -118,8 +118,6 @@ class SurvivalNetwork(nn.Module):
     """
 
     config: Any
-    progress = 1.0
-    """Which share of the training is done; training sets it, and a weight of a loss may follow it."""
 
     def losses(self, outputs: Any, labels: Labels) -> dict[str, Tensor]:
         """Return the terms of the loss, weighted, each a mean over the patients."""

@@ -23,16 +23,14 @@ function: losses take its outputs and `histrata.survival.hazards.Labels`.
 - *The patient's prototype is inferred from its inputs*: softmax over the similarities, and the mixture's mean and
   variance. The published code takes the prototype of the true label in training, and a majority vote at test: two
   functions, the first of which tells the head the outcome (shared/reference/survival.md has what that does on noise).
-- *The k instances are distinct*, and the k highest by how much more similar they are to one prototype than to all of
-  them (`select="specific"`), or merely by the highest similarity (`"similar"`); the published top-k of all pairs of
-  prototype and instance takes an instance again for each prototype.
+- *The k instances are distinct*; the published top-k of all pairs of prototype and instance takes an instance again for
+  each prototype.
 - *Variances are used as variances* in the product of experts, a prior N(0, I) is an expert as in Wu & Goodman (2018),
   and experts of missing modalities are left out. There are no weights for experts: their variances say what they know.
 - *Nothing is padded that is computed with.* Bags are ragged, and zero rows are nobody's instances.
-- *A bag is seen whole*, in training and inference. Only instances among the k of a prototype, or of the selection, have
-  an effect on any output. So all instances are first compared without gradients, a chunk at a time, and those that
-  matter are then computed with: the same numbers and gradients (dropout apart, which then falls on the
-  latter), in memory that does not grow with the bag. The published code averages over random eighths of a bag.
+- *A bag is seen whole*, in training and inference. All instances are first compared without gradients and without
+  dropout, a chunk at a time, to find those that are selected, or are among the k of a prototype; only those become
+  tokens, so that memory does not grow with the bag. The published code averages over random eighths of a bag.
 - *All terms of the loss are means over the batch*; published, one is a sum, so that weights depend on the batch size.
 - *The mutual information* bound is CLUB's (Cheng et al., ICML 2020) with a Gaussian of unit variance, as published,
   but its estimator learns by its own optimiser from detached features, and the network sees the bound with the
@@ -49,11 +47,12 @@ patients:
 - a proxy loss that is a likelihood (`proxy="compatible"`): the share of the patient's mixture that its outcome allows.
   A censored patient is compatible with all prototypes of its bin and of later ones, and not pushed away from them;
 - patients censored within a bin survive the part of it that they were seen in (`partial_bins`);
-- *most instances say nothing* (`sparsity_weight`): instances of a bag drawn at random are asked to resemble all
-  prototypes alike, beside what the bag says. Without it, an embedding in which what all tumours have in common lies
-  near the prototypes of low risk orders patients as well as any, and what is selected of a patient at low risk is then
-  everything but a reason. It is asked for in the second half of the training only: before anything is learned, to say
-  nothing at all is easiest;
+- *instances are counted, and selected by what they tell* (`select="telling"`): a patient's similarity to a prototype is
+  the mean over all its instances, not over the k nearest, since how much of a tumour is of a kind says more than that
+  some of it is. A linear map of the similarities is added to the logits, so that each instance adds a known part
+  to them; selected are those whose part is farthest from the mean of their bag's. So what selects is learned with the
+  head, and depends on no outcome. The published arrangement (`"nearest"`) takes the highest similarity, and what all
+  tumours have in common may be that;
 - in training, one modality of a patient who has all is left out now and then, so that the model answers from each.
 """
 
@@ -69,6 +68,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import normalize, scaled_dot_product_attention, softplus
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from histrata.errors import HistrataError
 from histrata.registry import make_config, register_model
@@ -85,16 +86,10 @@ from histrata.survival.networks import (
     seeded,
 )
 
-RANDOM_INSTANCES = 32
-"""Instances of a bag of which `sparsity_weight` asks to say little."""
-
-LEAST_EVIDENCE = 0.1
-"""Nats that are added to what bags say before what instances say is divided by it."""
-
 _CHOICES = {
     "head": HEADS,
     "pathway_encoder": ("shared", "own"),
-    "select": ("specific", "similar"),
+    "select": ("telling", "nearest"),
     "proxy": ("margin", "compatible"),
 }
 
@@ -128,11 +123,13 @@ class PIBDConfig:
     heads
         Attention heads.
     top_k, share
-        How many instances of a bag count for a prototype, and are selected: `share` of them, 1 to `top_k`.
+        How many instances of a bag are selected: `share` of them, 1 to `top_k`.
     pathway_share
-        Share of the pathways that count, and are selected.
+        Share of the pathways that are selected.
     select
-        What is selected: see the file's docstring.
+        What is selected, and what counts for the similarity to a prototype: "telling" selects what tells most, and
+        counts all; "nearest" selects by similarity, and counts for each prototype the most similar ones, as many as are
+        selected. See the file's docstring.
     temperature
         Of the softmax over a patient's similarities to the prototypes.
     proxy
@@ -149,11 +146,9 @@ class PIBDConfig:
         Share of the patients with all modalities of whom one is left out in training.
     samples
         Samples of each prototype that the bottleneck's decoder sees in training; with 0, it sees the means, and
-        nothing else is drawn, either: not the joint token, nor instances for `sparsity_weight`.
+        the joint token is not drawn, either.
     proxy_weight, decoder_weight, divergence_weight, information_weight
         Weights of the terms of the loss: gamma, alpha, beta and lambda of the paper.
-    sparsity_weight
-        Weight, at the end of the training, of what instances drawn at random say of the outcome (published: 0).
 
     Raises
     ------
@@ -174,7 +169,7 @@ class PIBDConfig:
     top_k: int = 256
     share: float = 0.5
     pathway_share: float = 0.8
-    select: str = "similar"
+    select: str = "nearest"
     temperature: float = 0.1
     proxy: str = "margin"
     partial_bins: bool = False
@@ -187,7 +182,6 @@ class PIBDConfig:
     decoder_weight: float = 0.1
     divergence_weight: float = 0.01
     information_weight: float = 0.1
-    sparsity_weight: float = 0.0
 
     def __post_init__(self) -> None:
         # What JSON gives back as lists.
@@ -236,6 +230,11 @@ def _check_value(name: str, value: Any, kind: type) -> None:
         raise HistrataError(f"{name} is 0, where more is expected")
 
 
+def _mean_of(cosine: Tensor) -> Tensor:
+    """Return the mean (P,) of cosines (n, P), zeros of none."""
+    return cosine.sum(dim=0) / max(1, len(cosine))
+
+
 def _index(bag: Bag, rows: Tensor) -> Any:
     """Return rows as what indexes the bag."""
     return rows.to(bag.device) if isinstance(bag, Tensor) else rows.cpu().numpy()
@@ -251,15 +250,12 @@ class Outputs(NamedTuple):
     embedding
         (n, dim): what the head's last layer sees.
     similarity, assignment
-        (n, M, P): mean similarity of the k most similar instances, and what the patient's mixture takes of each
-        prototype; zeros where the modality is missing.
+        (n, M, P): similarity to each prototype, and what the patient's mixture takes of it; zeros where the modality
+        is missing.
     present
         bool (n, M).
     common, specific
         (n, dim), (n, M, dim): what the modalities share, and what each adds.
-    evidence
-        (n,): how far from uniform the mixture is of an instance drawn at random, in nats, mean over draws; 0 without
-        histology, and where it is not trained for.
     """
 
     logits: Tensor
@@ -269,7 +265,6 @@ class Outputs(NamedTuple):
     present: Tensor
     common: Tensor
     specific: Tensor
-    evidence: Tensor
 
 
 class PathwayTokens(nn.Module):
@@ -333,10 +328,13 @@ class Bottleneck(nn.Module):
 
     def __init__(self, config: PIBDConfig) -> None:
         super().__init__()
-        self.select_by, self.temperature = config.select, config.temperature
+        self.temperature = config.temperature
         self.mean = nn.Parameter(torch.randn(config.n_prototypes, config.dim))
         self.spread = nn.Parameter(torch.zeros(config.n_prototypes, config.dim))
         self.decoder = nn.Linear(config.dim, config.n_bins)
+        self.telling = config.select == "telling"
+        if self.telling:
+            self.told = nn.Linear(config.n_prototypes, 1 if config.head == "cox" else config.n_bins, bias=False)
 
     @property
     def variance(self) -> Tensor:
@@ -347,12 +345,17 @@ class Bottleneck(nn.Module):
         """Return the cosine of each token (..., dim) with the mean of each prototype, (..., P)."""
         return normalize(tokens, dim=-1) @ normalize(self.mean, dim=-1).T
 
-    def score(self, cosine: Tensor) -> Tensor:
-        """Return by what tokens are selected, (...), from their cosines (..., P)."""
-        highest = cosine.amax(dim=-1)
-        return highest - cosine.mean(dim=-1) if self.select_by == "specific" else highest
+    def tell(self, cosine: Tensor) -> Tensor:
+        """Return what cosines (..., P) add to the risk, (...): of hazards, the mean over the logits of the bins."""
+        return cosine @ self.told.weight.mean(dim=0)
 
-    def forward(self, tokens: Tensor, known: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def score(self, cosine: Tensor, mean: Tensor) -> Tensor:
+        """Return by what tokens are selected, (...), from their cosines (..., P) and the mean of those (..., P)."""
+        return self.tell(cosine - mean).abs() if self.telling else cosine.amax(dim=-1)
+
+    def forward(
+        self, tokens: Tensor, known: Tensor, k: Tensor, mean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Compare and select.
 
         Parameters
@@ -360,7 +363,9 @@ class Bottleneck(nn.Module):
         tokens, known
             (n, m, dim), and which of them there are, bool (n, m).
         k
-            int64 (n,): how many count, at most as many as there are.
+            int64 (n,): how many are selected, at most as many as there are.
+        mean
+            Mean cosine (n, P) of all that the tokens were chosen from; of the tokens when None.
 
         Returns
         -------
@@ -368,13 +373,16 @@ class Bottleneck(nn.Module):
         (n, most, dim); and which of those there are, bool (n, most).
         """
         most = max(1, int(k.max()))
-        cosine = self.compare(tokens).masked_fill(~known[..., None], -math.inf)
+        cosine = self.compare(tokens)
         counts = torch.arange(most, device=k.device) < k[:, None]
-        best = cosine.topk(most, dim=1).values
-        similarity = torch.where(counts[..., None], best, 0.0).sum(dim=1) / k.clamp(min=1)[:, None]
+        if mean is None:
+            mean = torch.where(known[..., None], cosine, 0.0).sum(dim=1) / known.sum(dim=1).clamp(min=1)[:, None]
+        similarity = mean
+        if not self.telling:
+            best = cosine.masked_fill(~known[..., None], -math.inf).topk(most, dim=1).values
+            similarity = torch.where(counts[..., None], best, 0.0).sum(dim=1) / k.clamp(min=1)[:, None]
         with torch.no_grad():
-            score = self.score(cosine.masked_fill(~known[..., None], 0.0)).masked_fill(~known, -math.inf)
-            rows = score.topk(most, dim=1).indices
+            rows = self.score(cosine, mean[:, None]).masked_fill(~known, -math.inf).topk(most, dim=1).indices
         selected = tokens.gather(1, rows[..., None].expand(-1, -1, tokens.shape[-1]))
         return similarity, torch.where(counts[..., None], selected, 0.0), counts
 
@@ -499,6 +507,7 @@ class PIBD(SurvivalNetwork):
     """The model; see the file's docstring."""
 
     prototype_risk: Tensor
+    ordinary: Tensor
 
     def __init__(self, config: PIBDConfig) -> None:
         super().__init__()
@@ -511,7 +520,8 @@ class PIBD(SurvivalNetwork):
         self.bottlenecks = nn.ModuleDict({name: Bottleneck(config) for name in config.modalities})
         self.disentangling = Disentangling(config)
         self.hidden = nn.Sequential(nn.Linear(parts * dim, dim), nn.ReLU())
-        self.register_buffer("prototype_risk", torch.zeros(config.n_prototypes))
+        for name in ("prototype_risk", "ordinary"):
+            self.register_buffer(name, torch.zeros(config.n_prototypes))
         cox = config.head == "cox"
         # Cox is blind to what all risks have in common.
         self.head = nn.Linear(dim, 1 if cox else config.n_bins, bias=not cox)
@@ -519,14 +529,16 @@ class PIBD(SurvivalNetwork):
     def forward(self, inputs: Inputs) -> Outputs:
         """Tell risk and prototypes of patients from what is known of them."""
         tokens = self._tokens(inputs)
-        present = torch.stack([k > 0 for _, _, k in tokens], dim=1)
+        present = torch.stack([k > 0 for _, _, k, _ in tokens], dim=1)
         present = present & ~self._left_out(present)
         precision = torch.ones(len(inputs), self.config.dim, device=self.device)
         weighted = torch.zeros_like(precision)
-        similarity, assignment, groups = [], [], []
-        for name, (x, known, k), there in zip(self.config.modalities, tokens, present.T, strict=True):
+        told, similarity, assignment, groups = [], [], [], []
+        for name, modality, there in zip(self.config.modalities, tokens, present.T, strict=True):
             bottleneck: Any = self.bottlenecks[name]
-            near, selected, mask = bottleneck(x, known, k)
+            near, selected, mask = bottleneck(*modality)
+            if bottleneck.telling:
+                told.append(torch.where(there[:, None], bottleneck.told(near), 0.0))
             weights, mean, variance = bottleneck.infer(near)
             precision = precision + torch.where(there[:, None], 1 / variance, 0.0)
             weighted = weighted + torch.where(there[:, None], mean / variance, 0.0)
@@ -538,43 +550,72 @@ class PIBD(SurvivalNetwork):
             joint = joint + precision.rsqrt() * torch.randn_like(joint)
         common, specific = self.disentangling(joint, groups)
         embedding = self.hidden(torch.cat([common, *specific], dim=1))
-        logits = self.head(functional.dropout(embedding, self.config.dropout, self.training))
+        logits = self.head(functional.dropout(embedding, self.config.dropout, self.training)) + sum(told)
         near, weights, own = (torch.stack(parts, dim=1) for parts in (similarity, assignment, specific))
-        return Outputs(logits, embedding, near, weights, present, common, own, self._evidence(inputs))
+        return Outputs(logits, embedding, near, weights, present, common, own)
 
-    def _evidence(self, inputs: Inputs) -> Tensor:
-        """Return what some instances of each bag, drawn at random, say of the outcome, (n,)."""
-        evidence = torch.zeros(len(inputs), device=self.device)
-        drawn = [i for i, bag in enumerate(inputs.bags or ()) if len(bag)]
-        config = self.config
-        if not (self.training and config.samples and config.sparsity_weight and drawn):
-            return evidence
-        bags = [inputs.bags[i] for i in drawn]  # type: ignore[index]
-        rows = [torch.randint(len(bag), (RANDOM_INSTANCES,)) for bag in bags]
-        picked = [as_instances(bag[_index(bag, row)], self.device) for bag, row in zip(bags, rows, strict=True)]
-        bottleneck: Any = self.bottlenecks["histology"]
-        compared = bottleneck.compare(self.encoder(torch.stack(picked)))
-        weights = (compared / bottleneck.temperature).log_softmax(dim=-1)
-        nats = (weights.exp() * weights).sum(dim=-1) + math.log(self.config.n_prototypes)
-        return evidence.index_copy(0, torch.tensor(drawn, device=self.device), nats.mean(dim=1))
-
-    def _tokens(self, inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return for each modality tokens (n, m, dim), which of them there are (n, m), and how many count (n,)."""
+    def _tokens(self, inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Return for each modality what its bottleneck is given."""
         n, device = len(inputs), self.device
         tokens = []
         for name in self.config.modalities:
             if name == "histology":
-                bags = [np.zeros((0, self.config.n_features))] * n if inputs.bags is None else inputs.bags
-                instances, known = self._gather(bags)
-                k = torch.tensor([self.count(len(bag)) for bag in bags], device=device)
-                tokens.append((self.encoder(instances), known, k))
+                nobody = [np.zeros((0, self.config.n_features))] * n
+                tokens.append(self._instances(nobody if inputs.bags is None else inputs.bags))
             else:
                 genes = torch.full((n, self.config.n_genes), math.nan) if inputs.rna is None else inputs.rna
                 genes = genes.to(device, torch.float32)
                 has, sets = genes.isfinite().any(dim=1), len(self.config.pathways)
                 k = torch.where(has, math.ceil(self.config.pathway_share * sets), 0)
-                tokens.append((self.pathways(genes), has[:, None].expand(-1, sets), k))
+                tokens.append((self.pathways(genes), has[:, None].expand(-1, sets), k, None))
         return tokens
+
+    def _instances(self, bags: Sequence[Bag]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the tokens of the instances that matter, padded, and the mean cosine (n, P) of all."""
+        cosines = [self._compare(bag) for bag in bags]
+        rows = [self._set_aside(cosine) for cosine in cosines]
+        kept = [as_instances(bag[_index(bag, row)], self.device) for bag, row in zip(bags, rows, strict=True)]
+        sizes = torch.tensor([len(bag) for bag in kept], device=self.device)
+        # With a bag of one, so that it is never empty.
+        one = torch.zeros(1, self.config.n_features, device=self.device)
+        padded = pad_sequence([*kept, one], batch_first=True)[:-1]
+        known = torch.arange(padded.shape[1], device=self.device) < sizes[:, None]
+        k = torch.tensor([self.count(len(bag)) for bag in bags], device=self.device)
+        mean = None
+        if self.config.select == "telling":
+            # Computed again for the gradients, a bag at a time, so that no bag has to be held for them.
+            learning = torch.is_grad_enabled()
+            parts = [
+                checkpoint(self._mean, bag, use_reentrant=False) if learning and len(bag) else _mean_of(cosine)
+                for bag, cosine in zip(bags, cosines, strict=True)
+            ]
+            mean = torch.stack(parts)
+        return self.encoder(padded), known, k, mean
+
+    def _mean(self, bag: Bag) -> Tensor:
+        """Return the mean cosine (P,) of a bag's instances with the prototypes."""
+        bottleneck: Any = self.bottlenecks["histology"]
+        return _mean_of(bottleneck.compare(self.encoder(as_instances(bag, self.device))))
+
+    @torch.no_grad()
+    def _compare(self, bag: Bag) -> Tensor:
+        """Return the cosine of a bag's instances with the prototypes, (n, P), a chunk at a time."""
+        bottleneck: Any = self.bottlenecks["histology"]
+        parts = [bottleneck.compare(self.encoder(chunk, drop=False)) for chunk in chunks(bag, self.device)]
+        return torch.cat([torch.zeros(0, self.config.n_prototypes, device=self.device), *parts])
+
+    @torch.no_grad()
+    def _rank(self, cosine: Tensor) -> Tensor:
+        """Return the rows of the selected among instances with these cosines (n, P), highest score first, (k,)."""
+        bottleneck: Any = self.bottlenecks["histology"]
+        return bottleneck.score(cosine, _mean_of(cosine)).topk(self.count(len(cosine))).indices
+
+    @torch.no_grad()
+    def _set_aside(self, cosine: Tensor) -> Tensor:
+        """Return the rows of the instances that have to become tokens, of those with these cosines (n, P)."""
+        if self.config.select == "telling":
+            return self._rank(cosine).sort().values
+        return cosine.topk(self.count(len(cosine)), dim=0).indices.unique()
 
     def _left_out(self, present: Tensor) -> Tensor:
         """Draw in training which modality (n, M) is left out of patients who have all."""
@@ -589,68 +630,39 @@ class PIBD(SurvivalNetwork):
         """Return how many of a bag's n instances count for a prototype, and are selected."""
         return min(self.config.top_k, math.ceil(self.config.share * n))
 
-    def _gather(self, bags: Sequence[Bag]) -> tuple[Tensor, Tensor]:
-        """Return the instances that matter, (n, most, features), and which of those there are."""
-        kept = [as_instances(bag[self.reduce(bag)], self.device) for bag in bags]
-        sizes = torch.tensor([len(bag) for bag in kept], device=self.device)
-        # At least as wide as the most that count, and never empty.
-        padded = torch.zeros(len(kept), max(1, int(sizes.max())), self.config.n_features, device=self.device)
-        for row, bag in zip(padded, kept, strict=True):
-            row[: len(bag)] = bag
-        return padded, torch.arange(padded.shape[1], device=self.device) < sizes[:, None]
-
-    @torch.no_grad()
-    def reduce(self, bag: Bag) -> Any:
-        """Return the rows of the instances that any output depends on, of a bag of any size, in bounded memory."""
-        k, prototypes = self.count(len(bag)), self.config.n_prototypes
-        if len(bag) <= (prototypes + 1) * k:
-            return slice(None)
-        bottleneck: Any = self.bottlenecks["histology"]
-        best, rows = torch.empty(prototypes + 1, 0, device=self.device), torch.empty(prototypes + 1, 0).long()
-        start = 0
-        for chunk in chunks(bag, self.device):
-            cosine = bottleneck.compare(self.encoder(chunk, drop=False))
-            values = torch.cat([cosine.T, bottleneck.score(cosine)[None]])
-            values, index = values.topk(min(k, len(chunk)), dim=1)
-            joined, at = torch.cat([best, values], dim=1), torch.cat([rows.to(index), start + index], dim=1)
-            best, index = joined.topk(min(k, joined.shape[1]), dim=1)
-            rows, start = at.gather(1, index), start + len(chunk)
-        return _index(bag, rows.unique())
-
-    @torch.no_grad()
     def select(self, bag: Bag) -> Tensor:
         """Return the rows of the instances that are selected of a bag, highest score first, int64 (k,)."""
-        bottleneck: Any = self.bottlenecks["histology"]
-        kept = self.reduce(bag)
-        rows = torch.arange(len(bag)) if isinstance(kept, slice) else torch.as_tensor(kept).cpu()
-        cosine = bottleneck.compare(self.encoder(as_instances(bag[kept], self.device), drop=False))
-        return rows[bottleneck.score(cosine).topk(self.count(len(bag))).indices.cpu()]
+        return self._rank(self._compare(bag)).cpu()
 
     @torch.no_grad()
     def explain(self, bag: Bag) -> tuple[Tensor, Tensor]:
-        """Return of each instance the risk of the prototypes that it resembles, and the one it resembles most.
+        """Return of each instance what it adds to the risk, and the prototype that it resembles most.
 
-        The first is in standard deviations of the training patients' risk (see `rate`), above 0 where it speaks for
-        more risk than the average patient has; prototypes are counted as `PIBDConfig.n_prototypes` says.
+        With `select="telling"`: its part of what the similarities add to the patient's log risk (of hazards, to the mean
+        logit), compared with the training patients' mean similarities. Else the risk of the prototypes that it
+        resembles, in standard deviations of the training patients' risk (see `rate`). Prototypes are counted as
+        `PIBDConfig.n_prototypes` says.
         """
         bottleneck: Any = self.bottlenecks["histology"]
-        risk, told = self.prototype_risk, [(torch.zeros(0), torch.zeros(0, dtype=torch.int64))]
-        for chunk in chunks(bag, self.device):
-            cosine = bottleneck.compare(self.encoder(chunk, drop=False))
-            weights = (cosine / self.config.temperature).softmax(dim=1)
-            told.append(((weights @ risk).cpu(), cosine.argmax(dim=1).cpu()))
-        contribution, prototype = (torch.cat(parts) for parts in zip(*told, strict=True))
-        return contribution, prototype
+        cosine = self._compare(bag)
+        if bottleneck.telling:
+            contribution = bottleneck.tell(cosine - self.ordinary) / max(1, len(cosine))
+        else:
+            contribution = (cosine / self.config.temperature).softmax(dim=1) @ self.prototype_risk
+        return contribution.cpu(), cosine.argmax(dim=1).cpu()
 
     @torch.no_grad()
     def rate(self, outputs: Sequence[Outputs], risk: Tensor) -> None:
-        """Take as the risk of a prototype of histology that of the training patients who are assigned to it.
+        """Take from the training patients the mean similarity to the prototypes of histology, and the risk of those.
 
-        What the head makes of a prototype is for the head to say: the outcome that a prototype was drawn to may be read
-        the other way round.
+        The latter is that of the patients assigned to a prototype. What the head makes of a prototype is for the head
+        to say: the outcome that a prototype was drawn to may be read the other way round.
         """
         if "histology" not in self.config.modalities:
             return
+        here = torch.cat([out.present[:, 0] for out in outputs])
+        similarity = torch.cat([out.similarity[:, 0] for out in outputs])
+        self.ordinary.copy_(similarity[here].mean(dim=0).nan_to_num(0.0))
         weights = torch.cat([out.assignment[:, 0] for out in outputs])
         standard = (risk - risk.mean()) / risk.std(unbiased=False).clamp(min=1e-9)
         # One patient more, of average risk, for each prototype: few patients say little.
@@ -665,19 +677,7 @@ class PIBD(SurvivalNetwork):
             "proxy": config.proxy_weight * self._proxy(outputs, labels),
             "decoder": config.decoder_weight * sum(nll),
             "divergence": config.divergence_weight * sum(divergence),
-            "sparsity": config.sparsity_weight * max(0.0, 2 * self.progress - 1) * self._sparsity(outputs),
         }
-
-    def _sparsity(self, outputs: Outputs) -> Tensor:
-        """Return what instances drawn at random say of the outcome, as a share of what bags say.
-
-        A share, since an embedding that says nothing at all would make the former as small.
-        """
-        weights = outputs.assignment[:, 0][outputs.present[:, 0]]
-        if "histology" not in self.bottlenecks or not len(weights):
-            return outputs.evidence.sum()
-        said = torch.special.xlogy(weights, weights).sum(dim=1).mean() + math.log(self.config.n_prototypes)
-        return outputs.evidence.sum() / len(weights) / (said + LEAST_EVIDENCE)
 
     def _proxy(self, outputs: Outputs, labels: Labels) -> Tensor:
         """Return the proxy loss, mean over patients, sum over the modalities that each has."""
@@ -722,17 +722,16 @@ def pibd(seed: int = 0, **config: Any) -> PIBD:
         "top_k": 32,
         "share": 0.25,
         "pathway_share": 0.5,
-        "select": "specific",
+        "select": "telling",
         "proxy": "compatible",
         "partial_bins": True,
         "event_weight": 0.0,
         "temperature": 0.2,
         "dropout": 0.3,
-        "gene_dropout": 0.3,
+        "gene_dropout": 0.6,
         "modality_dropout": 0.3,
         "samples": 8,
         "proxy_weight": 0.5,
-        "sparsity_weight": 4.0,
     }
     with seeded(seed):
         return PIBD(make_config(PIBDConfig, config, **ours))

@@ -314,8 +314,7 @@ def _learn(network: SurvivalNetwork, model: NetworkModel, train: Cohort, seed: i
     if estimator is not None:
         estimator.to(network.device)
         own = torch.optim.AdamW(estimator.parameters(), options.estimator_rate)
-    for epoch in range(options.epochs):
-        network.progress = epoch / options.epochs
+    for _ in range(options.epochs):
         for rows in np.array_split(rng.permutation(len(train)), n_steps):
             inputs = Inputs(
                 _draw(train.bags, rows, options.max_instances, rng) if model.features else None,
