@@ -533,8 +533,12 @@ BasicCovariates = Annotated[
     typer.Option("--basic-covariate", help="Column of a baseline with few covariates; default: age and sex."),
 ]
 SurvivalModelName = Annotated[
-    Literal["pibd", "pibd_reference", "attention_mil", "cox"],
-    typer.Option("--model", help="PIBD, as recommended or as published; attention over instances; or ridge Cox."),
+    Literal["pibd", "pibd_reference", "attention_mil", "mean_pool", "prototypes", "cox"],
+    typer.Option(
+        "--model",
+        help="PIBD, as recommended or as published; attention over instances, their mean, or prototypes of them; or "
+        "ridge Cox.",
+    ),
 ]
 Head = Annotated[
     Literal["hazards", "cox"], typer.Option(help="The network tells hazards of bins of time, or one risk.")

@@ -31,12 +31,12 @@ from lifelines import CoxPHFitter, KaplanMeierFitter
 from lifelines.exceptions import ConvergenceError, ConvergenceWarning
 from numpy.typing import ArrayLike, NDArray
 from pandas.api.types import is_numeric_dtype
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from sklearn.decomposition import PCA
 
 from histrata.errors import HistrataError, TableError
 from histrata.survival.cohort import Cohort
-from histrata.survival.folder import read_config
+from histrata.survival.folder import read_arrays, read_config
 
 Array = NDArray[np.float64]
 NOT_KNOWN = "not known"
@@ -413,9 +413,10 @@ def load_cox(folder: Path) -> CoxModel:
     """
     folder = Path(folder)
     config = read_config(folder, FORMAT)
-    arrays = load_file(folder / "model.safetensors")
-    pooling = Pooling(tuple(config["features"]), *(arrays.pop(f"pool_{a}") for a in ("mean", "scale", "axes")))
     rna, genes = Pooling.none(), tuple(config.get("genes", ()))
+    parts = [f"{part}_{a}" for part in ("pool", *["rna"] * bool(genes)) for a in ("mean", "scale", "axes")]
+    arrays = read_arrays(folder, ("centre", "coefficients", "event_times", "baseline", *parts))
+    pooling = Pooling(tuple(config["features"]), *(arrays.pop(f"pool_{a}") for a in ("mean", "scale", "axes")))
     if genes:
         rna = Pooling(genes, *(arrays.pop(f"rna_{a}") for a in ("mean", "scale", "axes")))
     covariates = tuple(
