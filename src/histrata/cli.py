@@ -609,7 +609,7 @@ def survival_evaluate(
 ) -> None:
     """Cross-validate survival by patient, beside its baselines and controls; write the cohort table.
 
-    Writes evaluation.tsv, summary.tsv, calibration.tsv, cohort.h5ad, kaplan_meier.png and spots/.
+    Writes evaluation.tsv, summary.tsv, calibration.tsv, cohort.h5ad, kaplan_meier.png, spots/ and model/.
 
     Example: histrata survival evaluate config/patients.tsv results/slides/*
 
@@ -656,7 +656,7 @@ def survival_train(
     penalizer: Penalizer = 0.1,
     device: Device = "auto",
 ) -> None:
-    """Fit the survival model on every patient with follow-up.
+    """Fit the survival model on every patient with follow-up, without judging it: evaluate writes it, too.
 
     Example: histrata survival train config/patients.tsv results/slides/*
     """

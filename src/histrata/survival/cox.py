@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -189,7 +189,6 @@ class CoxFit:
         See `fit_cox`.
     """
 
-    draws: ClassVar[bool] = False
     pool: bool = False
     covariates: bool | tuple[str, ...] = False
     rna: bool = False
@@ -208,23 +207,6 @@ class CoxFit:
             rna_components=self.rna_components,
             penalizer=self.penalizer,
         )
-
-
-def cox_methods(cohort: Cohort, components: int = 10, penalizer: float = 0.1) -> dict[str, CoxFit]:
-    """Name every model of slides and covariates that the cohort allows, simplest first; the last is the main model.
-
-    `constant`; `covariates` where there are any; `mean_pool` where there are embeddings;
-    `mean_pool_covariates` where there are both.
-    """
-    fit = CoxFit(components=components, penalizer=penalizer)
-    methods = {"constant": fit}
-    if cohort.covariates:
-        methods["covariates"] = replace(fit, covariates=True)
-    if cohort.features:
-        methods["mean_pool"] = replace(fit, pool=True)
-    if cohort.covariates and cohort.features:
-        methods["mean_pool_covariates"] = replace(fit, pool=True, covariates=True)
-    return methods
 
 
 def fit_cox(
