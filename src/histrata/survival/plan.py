@@ -147,9 +147,13 @@ def plan_methods(cohort: Cohort, options: SurvivalOptions) -> Plan:
 def fit_main(cohort: Cohort, options: SurvivalOptions) -> tuple[SurvivalModel, str]:
     """Fit the model, with every seed, to all patients who have follow-up; give its name too."""
     main, fit, _ = _main(cohort, options)
+    return fit_seeds(Method(fit, draws=main != COX), cohort, options.seeds), main
+
+
+def fit_seeds(method: Method, cohort: Cohort, seeds: int) -> SurvivalModel:
+    """Fit a method, where it draws with every seed, to all patients who have follow-up."""
     train = cohort.followed()
-    seeds = range(options.seeds if main != COX else 1)
-    return ensemble([fit(train, seed) for seed in seeds], train), main
+    return ensemble([method.fit(train, seed) for seed in range(seeds if method.draws else 1)], train)
 
 
 def _main(cohort: Cohort, options: SurvivalOptions) -> tuple[str, Fit, tuple[str, ...]]:

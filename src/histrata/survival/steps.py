@@ -21,7 +21,7 @@ from histrata.survival.explained import Explained
 from histrata.survival.figures import draw_kaplan_meier
 from histrata.survival.fitting import SurvivalModel
 from histrata.survival.inputs import Inputs
-from histrata.survival.plan import SurvivalOptions, fit_main, plan_methods
+from histrata.survival.plan import SurvivalOptions, fit_main, fit_seeds, plan_methods
 from histrata.survival.saved import load_model, save_model
 from histrata.survival.table import cohort_table
 
@@ -79,7 +79,7 @@ def evaluate(
         tau=tau,
         watch=explained,
     )
-    final, _ = fit_main(cohort, options)
+    final = fit_seeds(plan.methods[plan.main], cohort, options.seeds)
     explained.rest(final)
     table = cohort_table(cohort, result, plan.main, final, times)
     parameters = {"folds": folds, "horizons": list(horizons), "tau": tau, "seed": seed}
