@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import scanpy as sc
 import yaml
+from lifelines.utils import concordance_index
 from typer.testing import CliRunner
 
 from histrata import cli
@@ -27,9 +28,11 @@ from histrata.survival import (
     load_model,
     plan_methods,
     predict,
+    read_cohort,
     save_model,
     train,
 )
+from histrata.survival.bags import Bags
 from histrata.survival.folder import FILES
 from histrata.survival.plan import MODELS
 from histrata.survival.prototypes import PrototypeModel, fit_prototypes
@@ -253,6 +256,28 @@ def test_a_damaged_folder_of_prototypes_is_refused(prototypes: Path, tmp_path: P
     harm(tmp_path / "model")
     with pytest.raises(HistrataError, match=told):
         load_model(tmp_path / "model")
+
+
+def test_prototypes_find_shares_among_many_noisy_means() -> None:
+    """How much of a tissue is of a kind is one column of many: without weight, the components are those of the rest."""
+    rng = np.random.default_rng(0)
+    n, d = 200, 24
+    centres, share = rng.normal(size=(4, d)) * 1.5, rng.uniform(0.05, 0.4, n)
+    bags = []
+    for s in share:
+        kinds = np.where(rng.random(60) < s, 0, rng.integers(1, 4, 60))
+        # Each patient's kinds look a little different, which says nothing.
+        own = centres + 0.4 * rng.normal(size=(4, d))
+        bags.append(own[kinds] + rng.normal(size=(60, d)))
+    sheet = pd.DataFrame({"patient_id": [f"p{i:03d}" for i in range(n)], "event": 1})
+    sheet["time"] = rng.exponential(np.exp(-6 * share)) + 1e-3
+    cohort = replace(read_cohort(sheet), bags=Bags.of(bags, [f"f{i}" for i in range(d)]))
+    ids = list(cohort.patients.index)
+    test = cohort.take(ids[100:])
+    risk = fit_prototypes(cohort.take(ids[:100]), 0, prototypes=12).risk(test)
+    assert (
+        concordance_index(test.time, -risk, test.event) > concordance_index(test.time, -share[100:], test.event) - 0.06
+    )
 
 
 def test_the_network_of_the_mean_stands_beside_the_baseline_of_that_name(inputs: Inputs) -> None:

@@ -69,7 +69,7 @@ def summary_table(
         patients = max((int(cell["n_patients"]) for cell in mine if cell), default=0)
         rows.append([METHODS.get(method, method), *map(_cell, mine), str(patients)])
     columns = ["Method", *(METRICS.get(m, m) for m in shown), "Patients"]
-    return Table(caption, columns, rows, list(methods).index(main) if main in methods else None)
+    return Table(caption, columns, rows, list(methods).index(main) if main and main in methods else None)
 
 
 def _cell(row: dict[Hashable, Any] | None) -> str:

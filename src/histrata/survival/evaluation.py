@@ -169,7 +169,7 @@ def evaluate_survival(
     judged = {}
     for name, method in methods.items():
         seen = None if watch is None else partial(watch, name)
-        parts = [_hold_out(cohort, fold, method, seeds, times, at, tau, seen) for fold in folds]
+        parts = [_hold_out(cohort, fold, name, method, seeds, times, at, tau, seen) for fold in folds]
         held = pd.concat(parts, ignore_index=True)
         held.insert(0, "method", name)
         judged[name] = _Judged(held, method.kind, at, replicates, seed)
@@ -207,6 +207,7 @@ def _horizons(followed: Cohort) -> tuple[float, ...]:
 def _hold_out(
     cohort: Cohort,
     fold: Fold,
+    name: str,
     method: Method,
     seeds: Sequence[int],
     times: ArrayLike,
@@ -220,7 +221,10 @@ def _hold_out(
         raise HistrataError(
             f"Fold '{fold.name}' holds out no patient with follow-up; make the folds of the patients with follow-up."
         )
-    fitted = [method.fit(train, seed) for seed in (seeds if method.draws else seeds[:1])]
+    try:
+        fitted = [method.fit(train, seed) for seed in (seeds if method.draws else seeds[:1])]
+    except HistrataError as error:
+        raise type(error)(f"The method '{name}' cannot be fitted on fold '{fold.name}': {error}") from error
     if watch is not None:
         watch(fold.name, fitted, list(test.patients.index))
     models = [_Remembering(model) for model in fitted]
