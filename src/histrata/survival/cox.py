@@ -93,13 +93,14 @@ class Covariate:
             )
             return stages.fillna(self.fill).to_numpy(np.float64)[:, None]
         if self.fill is not None:
-            numbers = pd.to_numeric(column, errors="coerce")
-            if (odd := column.notna() & numbers.isna()).any():
+            numbers = column if is_numeric_dtype(column) else pd.to_numeric(column, errors="coerce")
+            if numbers is not column and (odd := column.notna() & numbers.isna()).any():
                 raise TableError(
                     f"The covariate '{self.name}' of patient '{column.index[odd][0]}' is '{column[odd].iloc[0]}', "
                     "where the survival model was trained on numbers; correct the patient sheet."
                 )
-            return numbers.fillna(self.fill).to_numpy(np.float64)[:, None]
+            known = numbers.to_numpy(np.float64, na_value=np.nan)
+            return np.where(np.isnan(known), self.fill, known)[:, None]
         values = _levels(column).to_numpy()
         columns = (values[:, None] == np.array(self.levels, dtype=object)).astype(np.float64)
         columns[~columns.any(axis=1)] = np.nan
