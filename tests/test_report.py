@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -153,11 +156,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (results / "m2ost" / "model").mkdir()
     (results / "m2ost" / "model" / "config.json").write_text(json.dumps({"trained_on": {"A": "p-A"}, "loss": [1, 0.5]}))
     survival = [
-        ("constant", "harrell_c", 0.5, 0.5, 0.5, 12, ""),
-        ("mean_pool", "harrell_c", 0.7, 0.4, 0.9, 12, ""),
-        ("mean_pool", "harrell_c", 0.2, -0.1, 0.4, 12, "constant"),
+        ("constant", "harrell_c", 0.5, 0.5, 0.5, 12, "baseline", "", ""),
+        ("mean_pool", "harrell_c", 0.7, 0.4, 0.9, 12, "baseline", "", ""),
+        ("mean_pool", "harrell_c", 0.2, -0.1, 0.4, 12, "baseline", "constant", "not told apart"),
     ]
-    columns = ["method", "metric", "mean", "ci_low", "ci_high", "n_patients", "baseline"]
+    columns = ["method", "metric", "mean", "ci_low", "ci_high", "n_patients", "kind", "baseline", "verdict"]
     write_tsv(pd.DataFrame(survival, columns=columns), results / "survival" / "summary.tsv")
     pooled = {"fold": "pooled", "method": "constant", "metric": "harrell_c", "value": 0.5}
     write_tsv(pd.DataFrame([pooled | {"n_patients": 12, "n_events": 7}]), results / "survival" / "evaluation.tsv")
@@ -191,9 +194,9 @@ def _part(page: str, name: str) -> str:
     return page[page.index(f'<section id="{name}"') :].partition("</section>")[0]
 
 
-def _words(html: str) -> str:
+def _words(page: str) -> str:
     """The text of some HTML, without tags."""
-    return " ".join(re.sub(r"<[^>]+>", " ", html).split())
+    return " ".join(re.sub(r"<[^>]+>", " ", page).split())
 
 
 def _drawn(page: str, name: str) -> list[str]:
@@ -202,8 +205,8 @@ def _drawn(page: str, name: str) -> list[str]:
     return [a for a in articles if re.search(f"<h3>{name}[<,]", a)]
 
 
-def _alts(html: str) -> list[str]:
-    return re.findall(r'<img [^>]*alt="([^"]*)"', html)
+def _alts(page: str) -> list[str]:
+    return re.findall(r'<img [^>]*alt="([^"]*)"', page)
 
 
 def test_every_row_of_the_sheet_is_on_the_page(page: str) -> None:
@@ -435,6 +438,88 @@ def test_survival_comes_with_its_caveat(page: str) -> None:
     assert "0.700 (0.400 to 0.900)" in _words(survival)
     assert "7 observed events among 12 patients; so few" in survival
     assert len(_alts(survival)) == 1
+
+
+def _verdicts(results: Path, differences: dict[tuple[str, str], tuple[float, float, float, str]], rna: str = "") -> str:
+    """Words of the part on survival, from a summary of these differences (method, other) and verdicts."""
+    kinds = {"constant": "baseline", "rna_pca": "baseline", "covariates": "baseline"}
+    names = [*kinds, "pibd", "pibd_covariates", *(b for _, b in differences if "shuffled" in b)]
+    kinds |= {name: "control" if "shuffled" in name else "model" for name in names[3:]}
+    rows = [(name, "harrell_c", 0.6, 0.5, 0.7, 90, kinds[name], "", "") for name in names]
+    rows += [(a, "harrell_c", *told[:3], 90, kinds[a], b, told[3]) for (a, b), told in differences.items()]
+    # Another figure says the opposite, and is not what the sentences are about.
+    rows += [(a, "uno_c", -told[0], -1, 1, 90, kinds[a], b, "worse") for (a, b), told in differences.items()]
+    columns = ["method", "metric", "mean", "ci_low", "ci_high", "n_patients", "kind", "baseline", "verdict"]
+    write_tsv(pd.DataFrame(rows, columns=columns), results / "survival" / "summary.tsv")
+    with h5py.File(results / "survival" / "cohort.h5ad", "w") as file:
+        file["uns/histrata/provenance"] = json.dumps({"parameters": {"rna": rna or None}})
+    return html.unescape(_words(_part(_page(results), "survival")))
+
+
+BETTER, WORSE = (0.1, 0.04, 0.16, "better"), (-0.1, -0.16, -0.04, "worse")
+UNCLEAR, UNKNOWN = (0.02, -0.03, 0.07, "not told apart"), (np.nan, np.nan, np.nan, "not told apart")
+
+
+def test_survival_is_called_better_by_the_paired_interval_alone(results: Path) -> None:
+    told = {("pibd", "constant"): BETTER, ("pibd", "rna_pca"): UNCLEAR, ("pibd", "covariates"): WORSE}
+    told[("pibd_covariates", "covariates")] = BETTER
+    said = _verdicts(results, told)
+    assert (
+        "By Harrell's c, “PIBD” is better than “constant predictor” (+0.100, +0.040 to +0.160); worse than “Cox, "
+        "covariates” (-0.100, -0.160 to -0.040); not told apart from “Cox, RNA” (+0.020, -0.030 to +0.070)."
+    ) in said
+    assert "No modality was shuffled among the patients" in said
+    assert "predicted on the slides" not in said
+    said = _verdicts(
+        results, {("pibd", "constant"): UNCLEAR, ("pibd", "rna_pca"): UNCLEAR, ("pibd", "covariates"): UNKNOWN}
+    )
+    assert "“PIBD” is better than no baseline; not told apart from “constant predictor” (" in said
+    assert "; not to be compared with “Cox, covariates”." in said
+    assert "“PIBD” was compared with no baseline." in _verdicts(results, {})
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (BETTER, "“PIBD” uses the instances: Harrell's c as it is, less that with the instances shuffled among the "
+                 "patients, is +0.100, +0.040 to +0.160."),
+        (WORSE, "The instances do “PIBD” harm: "),
+        (UNCLEAR, "It is not shown that “PIBD” uses the instances: "),
+        (UNKNOWN, "Whether “PIBD” uses the instances cannot be judged"),
+    ],
+)  # fmt: skip
+def test_the_page_says_which_modalities_are_used(results: Path, row: Any, says: str) -> None:
+    said = _verdicts(results, {("pibd", "pibd_shuffled_bags"): row, ("pibd", "pibd_shuffled_rna"): BETTER})
+    assert says in said
+    assert "“PIBD” uses the RNA: " in said
+    assert "No modality was shuffled" not in said
+
+
+@pytest.mark.parametrize(
+    ("control", "alone", "says"),
+    [
+        (BETTER, BETTER, ["It helps “PIBD”: ", "as “Cox, RNA”, it is better than “constant predictor” (+0.100"]),
+        (UNCLEAR, UNCLEAR, ["It is not shown to help “PIBD”: ", "it is not told apart from “constant predictor”"]),
+        (WORSE, WORSE, ["It does “PIBD” harm: ", "it is worse than “constant predictor”"]),
+        (UNKNOWN, UNKNOWN, ["Whether it helps “PIBD” cannot be judged"]),
+        (None, None, ["Whether it helps “PIBD” is not known"]),
+    ],
+)
+def test_the_page_says_whether_predicted_expression_helps(
+    results: Path, control: Any, alone: Any, says: list[str]
+) -> None:
+    rows = {("pibd", "pibd_shuffled_rna"): control, ("rna_pca", "constant"): alone}
+    said = _verdicts(results, {pair: row for pair, row in rows.items() if row}, rna="predicted")
+    assert "The RNA is the expression that M2OST predicted on the slides." in said
+    assert all(sentence in said for sentence in says)
+    assert ("By itself" in said) == (len(says) == 2)
+    assert "uses the RNA" not in said
+
+
+def test_a_cohort_that_cannot_be_read_is_named(results: Path) -> None:
+    (results / "survival" / "cohort.h5ad").write_text("no table")
+    with pytest.raises(TableError, match=r"cohort\.h5ad: not a table of a cohort"):
+        _page(results)
 
 
 def test_risk_and_prototypes_are_drawn_on_the_tissue(results: Path) -> None:

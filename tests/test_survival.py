@@ -17,15 +17,16 @@ from histrata.folds import Fold, make_patient_folds
 from histrata.survival import (
     Inputs,
     SurvivalOptions,
-    cox_methods,
     evaluate,
     evaluate_survival,
     fit_cox,
     fit_main,
     load_cox,
     read_cohort,
-    train,
 )
+from histrata.survival.baselines import baseline_methods
+from histrata.survival.cox import CoxFit
+from histrata.survival.methods import Method
 from histrata.survival.metrics import (
     brier_scores,
     censoring_survival,
@@ -79,6 +80,12 @@ def tabular(n=200, seed=0, effect=0.0):
     return read_cohort(sheet.assign(event=(time <= limit).astype(int), x=x), [])
 
 
+def methods_of(cohort):
+    """Name the baselines, and ridge Cox on all that is known, as `plan_methods` does, without the networks."""
+    main = CoxFit(pool=bool(cohort.features), covariates=bool(cohort.covariates))
+    return baseline_methods(cohort) | {"cox": Method(main, draws=False)}
+
+
 def folds_of(cohort, k=5, seed=0):
     return make_patient_folds(cohort.followed().patients.reset_index(), k, seed)
 
@@ -127,7 +134,7 @@ def test_patients_that_share_an_image_are_one_subject(tmp_path):
     assert cohort.subject_of == {"p1": "p1", "p2": "p1", "p3": "p3"}
     leaky = Fold("leaky", ("p1", "p3"), ("p2",))
     with pytest.raises(LeakError, match="'p1'"):
-        evaluate_survival(cohort, [leaky], cox_methods(cohort))
+        evaluate_survival(cohort, [leaky], methods_of(cohort))
 
 
 @pytest.mark.parametrize(
@@ -291,7 +298,8 @@ def test_training_does_not_see_the_test_patients(inputs):
     pool = cohort.pool.copy()
     pool[cohort.patients.index.isin(fold.test)] = 1e3
     other = type(cohort)(changed, pool, cohort.features, cohort.covariates, cohort.slides)
-    for fit in cox_methods(cohort).values():
+    for pool, covariates in ((False, False), (False, True), (True, False), (True, True)):
+        fit = CoxFit(pool=pool, covariates=covariates)
         a, b = fit(cohort.take(fold.train)), fit(other.take(fold.train))
         np.testing.assert_array_equal(a.coefficients, b.coefficients)
         np.testing.assert_array_equal(a.pooling.mean, b.pooling.mean)
@@ -319,10 +327,10 @@ def pooled(result, method, metric="harrell_c"):
 
 def test_a_planted_signal_is_found(inputs):
     cohort = read_cohort(*inputs)
-    result = evaluate_survival(cohort, folds_of(cohort), cox_methods(cohort), replicates=300)
+    result = evaluate_survival(cohort, folds_of(cohort), methods_of(cohort), replicates=300)
     assert pooled(result, "mean_pool")["ci_low"] > 0.55
     assert pooled(result, "mean_pool", "uno_c")["mean"] > 0.65
-    assert pooled(result, "mean_pool_covariates")["mean"] > pooled(result, "covariates")["mean"]
+    assert pooled(result, "cox")["mean"] > pooled(result, "covariates")["mean"]
     error = "integrated_brier"
     assert pooled(result, "mean_pool", error)["mean"] < pooled(result, "constant", error)["mean"]
     constant = pooled(result, "constant")
@@ -338,8 +346,8 @@ def test_noise_gives_no_signal(seed):
     patients = cohort.patients.assign(n_spots=1, n_slides=1)
     noise = rng.normal(size=(240, 20)).astype(np.float32)
     cohort = type(cohort)(patients, noise, tuple(map(str, range(20))), cohort.covariates, cohort.slides)
-    result = evaluate_survival(cohort, folds_of(cohort), cox_methods(cohort), replicates=300)
-    for method in ("mean_pool", "mean_pool_covariates"):
+    result = evaluate_survival(cohort, folds_of(cohort), methods_of(cohort), replicates=300)
+    for method in ("mean_pool", "cox"):
         figure = pooled(result, method)
         assert figure["ci_low"] <= 0.5 <= figure["ci_high"]
         assert figure["ci_high"] - figure["ci_low"] < 0.2
@@ -349,18 +357,18 @@ def test_bad_folds(inputs):
     cohort = read_cohort(*inputs)
     fold = folds_of(cohort)[0]
     with pytest.raises(HistrataError, match="held out by fold"):
-        evaluate_survival(cohort, [fold, fold], cox_methods(cohort))
+        evaluate_survival(cohort, [fold, fold], methods_of(cohort))
     with pytest.raises(LeakError):
-        evaluate_survival(cohort, [Fold("x", fold.train, (*fold.test, "nobody"))], cox_methods(cohort))
+        evaluate_survival(cohort, [Fold("x", fold.train, (*fold.test, "nobody"))], methods_of(cohort))
     with pytest.raises(HistrataError, match="no fold"):
-        evaluate_survival(cohort, [], cox_methods(cohort))
+        evaluate_survival(cohort, [], methods_of(cohort))
 
 
 def test_a_fold_that_no_pair_decides_is_nan():
     cohort = tabular(20, effect=1.0)
     censored = cohort.patients.index[~cohort.event][:1]
     rest = tuple(i for i in cohort.patients.index if i not in censored)
-    result = evaluate_survival(cohort, [Fold("one", rest, tuple(censored))], cox_methods(cohort), replicates=20)
+    result = evaluate_survival(cohort, [Fold("one", rest, tuple(censored))], methods_of(cohort), replicates=20)
     values = result.table.set_index(["fold", "metric"])["value"]
     assert values.loc[[("one", "harrell_c"), ("one", "uno_c")]].isna().all()
     assert result.summary.query("metric == 'harrell_c'")[["mean", "ci_low"]].isna().all(axis=None)
@@ -390,8 +398,6 @@ def test_files_do_not_depend_on_the_order_of_any_row(inputs, tmp_path):
     pd.testing.assert_frame_equal(a.obs, b.obs, check_exact=True)
     np.testing.assert_array_equal(a.X, b.X)
     np.testing.assert_array_equal(a.obsm["survival"], b.obsm["survival"])
-    train(Inputs(tmp_path / "a.tsv", paths), tmp_path / "a" / "model", summary=tmp_path / "a" / "summary.tsv")
-    train(Inputs(tmp_path / "b.tsv", shuffled), tmp_path / "b" / "model", summary=tmp_path / "b" / "summary.tsv")
     for name in ("model.safetensors", "card.md"):
         assert (tmp_path / "a/model" / name).read_bytes() == (tmp_path / "b/model" / name).read_bytes(), name
 
@@ -426,7 +432,6 @@ def test_a_small_cohort_from_files_to_scanpy(tmp_path):
     }
     assert (out / "kaplan_meier.png").stat().st_size > 5000
 
-    train(Inputs(tmp_path / "patients.tsv", paths), out / "model", summary=out / "summary.tsv")
     model = load_cox(out / "model")
     cohort = read_cohort(sheet.drop(index=12), paths)
     np.testing.assert_array_equal(model.risk(cohort), fit_main(cohort, SurvivalOptions())[0].risk(cohort))

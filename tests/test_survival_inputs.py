@@ -482,7 +482,7 @@ BAD_RNA = {
     "no file": (None, "no such file"),
     "nan": ("id,A,B\np,1,\nq,1,2\n", "gene 'B' of patient 'p' is nan"),
     "word": ("id,A,B\np,1,2\nq,1,low\n", "gene 'B' of patient 'q' is 'low'"),
-    "infinite": ("id,A\np,inf\n", "finite number"),
+    "infinite": ("id,A\np,inf\n", "finite number that float32 holds"),
     "float32": ("id,A\np,1e300\n", "gene 'A' of patient 'p'"),
     "ragged": ("id,A\np,1\nq,1,2\n", "not a readable table of RNA"),
     "no id": ("id,A\n,1\n", "row 2: the patient's id is empty"),

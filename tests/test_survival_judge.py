@@ -319,7 +319,7 @@ def test_no_method_finds_anything_in_noise():
 
 def test_tau_and_horizons_can_be_given_and_are_told():
     cohort = make_cohort(80, rna=1.0)
-    methods = {"rna": CoxFit(rna=True)}
+    methods = {"rna": Method(CoxFit(rna=True), draws=False)}
     a, b = (
         evaluate_survival(cohort, folds_of(cohort, 3), methods, replicates=20, horizons=[0.25, 1], tau=0.8, times=[0.3])
         for _ in range(2)
@@ -345,7 +345,7 @@ def test_each_model_is_asked_once():
             asked.append("survival")
             return np.full((len(cohort), len(times)), 0.5)
 
-    evaluate_survival(cohort, folds_of(cohort, 2), {"m": lambda _, seed: Counted(seed)}, replicates=5)
+    evaluate_survival(cohort, folds_of(cohort, 2), {"m": Method(lambda _, seed: Counted(seed))}, replicates=5)
     # In each of 2 folds, each of 3 seeds: risks of training and of held-out patients, curves of the latter.
     assert (asked.count("risk"), asked.count("survival")) == (12, 6)
 
@@ -380,17 +380,17 @@ def test_seeds_are_joined_and_their_spread_is_told():
 
     folds = folds_of(cohort, 3)
     result = evaluate_survival(
-        cohort, folds, {"noisy": noisy, "cox": Method(cox, draws=False)}, seeds=(1, 2, 3, 4), replicates=50
+        cohort, folds, {"noisy": Method(noisy), "cox": Method(cox, draws=False)}, seeds=(1, 2, 3, 4), replicates=50
     )
     assert calls == {"noisy": 12, "cox": 3}
     figure = own(result, "noisy")
     assert figure["n_seeds"] == 4
     assert figure["seed_low"] < figure["seed_mean"] < figure["seed_high"] < figure["mean"]
-    alone = evaluate_survival(cohort, folds, {"noisy": noisy}, seeds=(2,), replicates=50)
+    alone = evaluate_survival(cohort, folds, {"noisy": Method(noisy)}, seeds=(2,), replicates=50)
     assert own(alone, "noisy")["n_seeds"] == 1
     assert figure["seed_low"] <= own(alone, "noisy")["mean"] <= figure["seed_high"]
     with pytest.raises(HistrataError, match="no seed"):
-        evaluate_survival(cohort, folds, {"noisy": noisy}, seeds=())
+        evaluate_survival(cohort, folds, {"noisy": Method(noisy)}, seeds=())
 
 
 def test_an_ensemble_does_not_depend_on_who_else_is_predicted():
@@ -414,7 +414,7 @@ def test_a_model_that_does_not_answer_is_named():
             return np.full(len(cohort), np.nan)
 
     with pytest.raises(HistrataError, match="no finite number"):
-        evaluate_survival(cohort, folds_of(cohort, 2), {"silent": lambda _, seed: Silent(seed)}, seeds=(0,))
+        evaluate_survival(cohort, folds_of(cohort, 2), {"silent": Method(lambda _, seed: Silent(seed))}, seeds=(0,))
 
 
 def test_a_fold_must_hold_out_someone_with_follow_up():
@@ -422,7 +422,7 @@ def test_a_fold_must_hold_out_someone_with_follow_up():
     cohort.patients.loc["p000", ["time", "event"]] = np.nan
     fold = Fold("lost", tuple(cohort.patients.index[1:]), ("p000",))
     with pytest.raises(HistrataError, match="'lost' holds out no patient with follow-up"):
-        evaluate_survival(cohort, [fold], {"rna": CoxFit(rna=True)})
+        evaluate_survival(cohort, [fold], {"rna": Method(CoxFit(rna=True))})
 
 
 def test_the_order_of_methods_and_of_genes_changes_nothing():

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import shutil
+import typing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+import yaml
+from lifelines.utils import concordance_index
+from typer.testing import CliRunner
 
+from histrata import cli
+from histrata.cli import app
 from histrata.errors import HistrataError
-from histrata.survival import Inputs, SurvivalOptions, evaluate, load_model, predict, train
+from histrata.survival import (
+    Inputs,
+    SurvivalOptions,
+    evaluate,
+    fit_main,
+    load_model,
+    plan_methods,
+    predict,
+    read_cohort,
+    save_model,
+    train,
+)
+from histrata.survival.bags import Bags
+from histrata.survival.folder import FILES
+from histrata.survival.plan import MODELS
+from histrata.survival.prototypes import PrototypeModel, fit_prototypes
 from histrata.tables import on_spots, spots_table, write_table
 
 FAST = SurvivalOptions(model="pibd", head="hazards", bins=2, epochs=2, batch_size=16, seeds=2, controls=False)
@@ -61,7 +85,8 @@ def _write_slide(folder: Path, patient: str, rng: np.random.Generator) -> Path:
 def out(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("survival")
     evaluate(inputs, folder, FAST, folds=2, horizons=(5.0,), tau=9.0)
-    train(inputs, folder / "model", FAST, summary=folder / "summary.tsv")
+    # Here, since scanpy changes how many threads torch has, and with them the last bits.
+    train(inputs, folder / "alone", FAST, summary=folder / "summary.tsv")
     return folder
 
 
@@ -101,6 +126,15 @@ def test_every_spot_on_tissue_is_told_by_a_model_that_did_not_see_the_patient(in
         assert set(spots.obs["fold"]) == {folds[path.stem[1:]]}
 
 
+def test_training_alone_writes_the_model_of_the_evaluation(inputs: Inputs, out: Path, tmp_path: Path) -> None:
+    files = ["card.md", "config.json", *(f"seed-{i}/{name}" for i in range(2) for name in FILES)]
+    assert {str(p.relative_to(out / "model")) for p in (out / "model").rglob("*.*")} == set(files)
+    for file in files:
+        assert (out / "alone" / file).read_bytes() == (out / "model" / file).read_bytes(), file
+    train(inputs, tmp_path / "model", FAST)
+    assert "Not evaluated" in (tmp_path / "model" / "card.md").read_text()
+
+
 @pytest.mark.parametrize("known", [{"slides", "rna"}, {"slides"}, {"rna"}, set()])
 def test_new_patients_are_predicted_from_what_is_known(
     inputs: Inputs, out: Path, tmp_path: Path, known: set[str]
@@ -138,7 +172,150 @@ def test_a_folder_that_holds_no_model_is_refused(inputs: Inputs, tmp_path: Path)
             predict(inputs, tmp_path, tmp_path / "out.tsv")
 
 
+# --- models on instances alone ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prototypes(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prototypes")
+    options = replace(FAST, model="prototypes", model_options={"prototypes": 3, "per_patient": 4}, controls=True)
+    evaluate(inputs, folder, options, folds=2)
+    return folder
+
+
+def test_prototypes_are_a_model_and_no_second_baseline(inputs: Inputs, prototypes: Path) -> None:
+    summary = pd.read_csv(prototypes / "summary.tsv", sep="\t", keep_default_na=False)
+    kinds = summary[summary["baseline"] == ""].drop_duplicates(["method", "kind"]).set_index("method")["kind"]
+    assert kinds.index.is_unique
+    assert kinds["prototypes"] == kinds["prototypes_covariates"] == "model"
+    assert kinds["prototypes_shuffled_bags"] == "control"
+    assert kinds["attention_mil"] == "baseline"
+    table = sc.read_h5ad(prototypes / "cohort.h5ad")
+    assert table.uns["survival"]["method"] == "prototypes"
+    assert table.obsm["X_prototypes"].shape == (24, 3)
+    # The last patient has no slide, and the shares of the others' mean.
+    np.testing.assert_allclose(table.obsm["X_prototypes"].sum(axis=1), 1, rtol=1e-5)
+    spots = ad.read_h5ad(prototypes / "spots" / "sp00.h5ad")
+    assert spots.obs["risk_contribution"].notna().tolist() == [False] + [True] * (SPOTS - 1)
+    assert set(spots.obs["prototype"].dropna()) <= {"prototype 0", "prototype 1", "prototype 2"}
+    assert "(a Gaussian mixture), `prototypes`, mean of 2 seeds" in (prototypes / "model" / "card.md").read_text()
+
+
+def test_saved_prototypes_predict_what_they_did(inputs: Inputs, prototypes: Path, tmp_path: Path) -> None:
+    cohort = inputs.read()
+    model = fit_prototypes(cohort, 3, prototypes=3)
+    save_model(model, tmp_path / "model", {"seed": 3})
+    again = load_model(tmp_path / "model")
+    np.testing.assert_array_equal(again.risk(cohort), model.risk(cohort))
+    np.testing.assert_array_equal(again.survival(cohort, [3.0, 9.0]), model.survival(cohort, [3.0, 9.0]))
+    assert again.cut == model.cut
+    assert isinstance(again, PrototypeModel)
+    np.testing.assert_array_equal(again.embedding(cohort), model.embedding(cohort))
+    for mine, theirs in zip(again.explain(cohort.bags[0]), model.explain(cohort.bags[0]), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    save_model(fit_prototypes(cohort, 3, prototypes=3), tmp_path / "twice", {"seed": 3})
+    for file in ("config.json", "model.safetensors", "cox/config.json", "cox/model.safetensors"):
+        assert (tmp_path / "model" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes()
+
+
+@pytest.mark.parametrize("known", [{"slides", "rna"}, {"slides"}, {"rna"}, set()])
+def test_prototypes_predict_new_patients_with_the_command(
+    inputs: Inputs, prototypes: Path, tmp_path: Path, known: set[str]
+) -> None:
+    pd.read_csv(inputs.patients, sep="\t")[["patient_id", "age"]].to_csv(tmp_path / "p.tsv", sep="\t", index=False)
+    words = ["survival", "predict", tmp_path / "p.tsv", *(p.parent for p in inputs.embeddings if "slides" in known)]
+    words += ["--rna", inputs.rna] if "rna" in known else []
+    words += ["--model", prototypes / "model", "--out", tmp_path / "predicted.tsv"]
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, done.exception
+    table = pd.read_csv(tmp_path / "predicted.tsv", sep="\t")
+    assert len(table) == 24
+    assert table["risk"].notna().all()
+    if "slides" in known:
+        np.testing.assert_allclose(table["risk"], load_model(prototypes / "model").risk(inputs.read()), rtol=1e-5)
+        assert table["risk"].nunique() > 20
+    else:
+        assert table["risk"].nunique() == 1
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), r"no model\.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "not a readable file of weights"),
+        (lambda folder: (folder / "cox" / "config.json").unlink(), r"cox has no config\.json"),
+        (lambda folder: shutil.rmtree(folder / "cox"), r"cox has no config\.json"),
+        (
+            lambda folder: shutil.copy(folder / "cox" / "model.safetensors", folder / "model.safetensors"),
+            "does not hold the arrays",
+        ),
+    ],
+)
+def test_a_damaged_folder_of_prototypes_is_refused(prototypes: Path, tmp_path: Path, harm: Any, told: str) -> None:
+    shutil.copytree(prototypes / "model" / "seed-0", tmp_path / "model")
+    harm(tmp_path / "model")
+    with pytest.raises(HistrataError, match=told):
+        load_model(tmp_path / "model")
+
+
+def test_prototypes_find_shares_among_many_noisy_means() -> None:
+    """How much of a tissue is of a kind is one column of many: without weight, the components are those of the rest."""
+    rng = np.random.default_rng(0)
+    n, d = 200, 24
+    centres, share = rng.normal(size=(4, d)) * 1.5, rng.uniform(0.05, 0.4, n)
+    bags = []
+    for s in share:
+        kinds = np.where(rng.random(60) < s, 0, rng.integers(1, 4, 60))
+        # Each patient's kinds look a little different, which says nothing.
+        own = centres + 0.4 * rng.normal(size=(4, d))
+        bags.append(own[kinds] + rng.normal(size=(60, d)))
+    sheet = pd.DataFrame({"patient_id": [f"p{i:03d}" for i in range(n)], "event": 1})
+    sheet["time"] = rng.exponential(np.exp(-6 * share)) + 1e-3
+    cohort = replace(read_cohort(sheet), bags=Bags.of(bags, [f"f{i}" for i in range(d)]))
+    ids = list(cohort.patients.index)
+    test = cohort.take(ids[100:])
+    risk = fit_prototypes(cohort.take(ids[:100]), 0, prototypes=12).risk(test)
+    assert (
+        concordance_index(test.time, -risk, test.event) > concordance_index(test.time, -share[100:], test.event) - 0.06
+    )
+
+
+def test_the_network_of_the_mean_stands_beside_the_baseline_of_that_name(inputs: Inputs) -> None:
+    cohort = inputs.read()
+    methods, main = plan_methods(cohort, replace(FAST, model="mean_pool", controls=True))
+    assert main == "mean_pool_network"
+    assert [name for name, method in methods.items() if method.kind == "model"] == [main, f"{main}_covariates"]
+    assert methods["mean_pool"].kind == methods["attention_mil"].kind == "baseline"
+    assert f"{main}_shuffled_bags" in methods
+    assert f"{main}_shuffled_rna" not in methods
+    model, name = fit_main(cohort, replace(FAST, model="mean_pool"))
+    assert name == main
+    assert [member.model for member in model.members] == ["mean_pool"] * 2
+
+
+@pytest.mark.parametrize("model", ["prototypes", "mean_pool", "attention_mil"])
+def test_without_instances_ridge_cox_takes_the_place(
+    inputs: Inputs, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cohort = replace(inputs, embeddings=()).read()
+    assert fit_main(cohort, replace(FAST, model=model))[1] == "cox"
+    assert f"{model} has no instances to read; ridge Cox is fitted in its place" in caplog.text
+
+
+def test_models_of_the_schema_and_of_the_command_are_those_there_are() -> None:
+    schema = yaml.safe_load((Path(__file__).parents[1] / "workflow/schemas/config.schema.yaml").read_text())
+    assert tuple(schema["properties"]["survival"]["properties"]["model"]["enum"]) == MODELS
+    for command in (cli.survival_evaluate, cli.survival_train):
+        assert typing.get_args(typing.get_type_hints(command)["model"]) == MODELS
+
+
 def test_options_out_of_range() -> None:
+    with pytest.raises(HistrataError, match=r"model_options names depth, and survival\.model is 'cox'"):
+        SurvivalOptions(model_options={"depth": 2})
+    with pytest.raises(HistrataError, match=r"PrototypeOptions has no key 'prototype'; close to it: prototypes"):
+        SurvivalOptions(model="prototypes", model_options={"prototype": 2})
+    with pytest.raises(HistrataError, match="prototypes is 0, where a whole number"):
+        SurvivalOptions(model="prototypes", model_options={"prototypes": 0})
     with pytest.raises(HistrataError, match=r"survival\.model is 'x'; choose one of"):
         SurvivalOptions(model="x")
     with pytest.raises(HistrataError, match=r"survival\.seeds is 0"):

@@ -533,8 +533,12 @@ BasicCovariates = Annotated[
     typer.Option("--basic-covariate", help="Column of a baseline with few covariates; default: age and sex."),
 ]
 SurvivalModelName = Annotated[
-    Literal["pibd", "pibd_reference", "attention_mil", "cox"],
-    typer.Option("--model", help="PIBD, as recommended or as published; attention over instances; or ridge Cox."),
+    Literal["pibd", "pibd_reference", "attention_mil", "mean_pool", "prototypes", "cox"],
+    typer.Option(
+        "--model",
+        help="PIBD, as recommended or as published; attention over instances, their mean, or prototypes of them; or "
+        "ridge Cox.",
+    ),
 ]
 Head = Annotated[
     Literal["hazards", "cox"], typer.Option(help="The network tells hazards of bins of time, or one risk.")
@@ -605,7 +609,7 @@ def survival_evaluate(
 ) -> None:
     """Cross-validate survival by patient, beside its baselines and controls; write the cohort table.
 
-    Writes evaluation.tsv, summary.tsv, calibration.tsv, cohort.h5ad, kaplan_meier.png and spots/.
+    Writes evaluation.tsv, summary.tsv, calibration.tsv, cohort.h5ad, kaplan_meier.png, spots/ and model/.
 
     Example: histrata survival evaluate config/patients.tsv results/slides/*
 
@@ -652,7 +656,7 @@ def survival_train(
     penalizer: Penalizer = 0.1,
     device: Device = "auto",
 ) -> None:
-    """Fit the survival model on every patient with follow-up.
+    """Fit the survival model on every patient with follow-up, without judging it: evaluate writes it, too.
 
     Example: histrata survival train config/patients.tsv results/slides/*
     """

@@ -76,17 +76,8 @@ for key, path in {
             f"{CONFIG_FILE}: {key} is {path}, which is not there; correct the path, or leave the key out"
         )
 
-# What concerns the evaluation of M2OST, and of survival, and not its training.
+# What concerns the evaluation of M2OST, and not its training.
 EVALUATED = ("folds", "k", "controls", "single_level", "serial")
-SURVIVAL_EVALUATED = (
-    "basic_covariates",
-    "controls",
-    "folds",
-    "given_folds",
-    "horizons",
-    "tau",
-    "seed",
-)
 GPU = int(config["device"].startswith("cuda"))
 
 
@@ -237,8 +228,8 @@ def survival_folders(wildcards):
     return accepted_folders(wildcards) if survival_names() else []
 
 
-def survival_flags(leave_out=()):
-    return flags(config["survival"] | SURVIVAL, leave_out=leave_out)
+def survival_flags():
+    return flags(config["survival"] | SURVIVAL)
 
 
 def evaluation(wildcards):

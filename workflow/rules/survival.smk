@@ -13,6 +13,7 @@ rule survival_evaluate:
         calibration="results/survival/calibration.tsv",
         cohort="results/survival/cohort.h5ad",
         spots=directory("results/survival/spots"),
+        model=directory("results/survival/model"),
         curve=report(
             "results/survival/kaplan_meier.png",
             caption="../report/survival.rst",
@@ -35,30 +36,3 @@ rule survival_evaluate:
         options=survival_flags(),
     shell:
         "histrata survival evaluate {input.patients:q} {params.folders:q} --out results/survival {params.options} --device {resources.device} > {log:q} 2>&1"
-
-
-rule survival_train:
-    input:
-        patients=PATIENTS or [],
-        slides=survival_slides,
-        files=list(SURVIVAL.values()),
-        summary="results/survival/summary.tsv",
-    output:
-        directory("results/survival/model"),
-    log:
-        "results/logs/survival_train.log",
-    benchmark:
-        "results/benchmarks/survival_train.tsv"
-    conda:
-        "../../envs/histrata.yaml"
-    threads: 2
-    resources:
-        mem_mb=8000,
-        runtime=120,
-        gpu=GPU,
-        device=config["device"],
-    params:
-        folders=survival_folders,
-        options=survival_flags(leave_out=SURVIVAL_EVALUATED),
-    shell:
-        "histrata survival train {input.patients:q} {params.folders:q} --out {output:q} --summary {input.summary:q} {params.options} --device {resources.device} > {log:q} 2>&1"

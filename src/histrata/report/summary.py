@@ -15,10 +15,9 @@ from histrata.report.parts import MAIN, METHODS, METRICS, Table, read_tsv
 _NUMBERS = ("mean", "ci_low", "ci_high", "n_patients")
 _CONTROLS = ("permuted_images", "permuted_labels")
 # From the cheapest baseline to the model, then what must fail; methods that the page does not know stand in the middle.
-_RANKS = {name: rank for rank, name in enumerate(("constant", "colour_ridge", "covariates", "knn", "pca_ridge"))} | {
+_RANKS = {name: rank for rank, name in enumerate(("constant", "colour_ridge", "knn", "pca_ridge"))} | {
     "m2ost_single": 8,
     MAIN: 9,
-    "mean_pool_covariates": 9,
     **dict.fromkeys(_CONTROLS, 10),
 }
 
@@ -50,9 +49,18 @@ def metrics_of(summary: pd.DataFrame) -> list[str]:
     return [m for m in METRICS if m in found] + sorted(found - set(METRICS))
 
 
-def summary_table(summary: pd.DataFrame, caption: str, metrics: Sequence[str]) -> Table:
-    """Make a table with a row for each method and a column for each of `metrics` that the summary has."""
-    methods = in_order(summary)
+def summary_table(
+    summary: pd.DataFrame,
+    caption: str,
+    metrics: Sequence[str],
+    methods: Sequence[str] = (),
+    main: str | None = MAIN,
+) -> Table:
+    """Make a table with a row for each method and a column for each of `metrics` that the summary has.
+
+    Rows stand in the order of `methods`, or without any in that of `in_order`; that of `main` stands out.
+    """
+    methods = methods or in_order(summary)
     shown = [m for m in metrics if m in set(summary["metric"])]
     cells = {(row["method"], row["metric"]): row for row in summary.to_dict("records")}
     rows = []
@@ -60,9 +68,8 @@ def summary_table(summary: pd.DataFrame, caption: str, metrics: Sequence[str]) -
         mine = [cells.get((method, metric)) for metric in shown]
         patients = max((int(cell["n_patients"]) for cell in mine if cell), default=0)
         rows.append([METHODS.get(method, method), *map(_cell, mine), str(patients)])
-    main = [row for row, method in enumerate(methods) if method in {MAIN, "cox", "pibd", "pibd_reference"}]
     columns = ["Method", *(METRICS.get(m, m) for m in shown), "Patients"]
-    return Table(caption, columns, rows, main[0] if main else None)
+    return Table(caption, columns, rows, list(methods).index(main) if main and main in methods else None)
 
 
 def _cell(row: dict[Hashable, Any] | None) -> str:

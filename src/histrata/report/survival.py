@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import h5py
 import pandas as pd
 
 from histrata.errors import TableError
@@ -11,6 +13,8 @@ from histrata.report.figures import read_picture
 from histrata.report.parts import Figure, Part, read_tsv
 from histrata.report.slides import draw_panels
 from histrata.report.summary import read_summary, summary_table
+from histrata.report.verdicts import main_model, say_verdicts
+from histrata.survival.rna import PREDICTED
 from histrata.tables import read_table
 
 _FEW_EVENTS = 100
@@ -22,11 +26,12 @@ def describe_survival(folder: Path) -> Part:
     path = folder / "summary.tsv"
     if not path.is_file():
         return Part(notes=["Survival was not evaluated: the run had no patient sheet, or it is not finished."])
-    summary = read_summary(path, "histrata survival evaluate", ("baseline",))
-    summary = summary[summary["baseline"] == ""]
-    part = Part(notes=_survival_caveat(folder / "evaluation.tsv"))
+    summary = read_summary(path, "histrata survival evaluate", ("baseline", "kind", "verdict"))
+    verdicts = say_verdicts(summary, predicted=_predicted(folder / "cohort.h5ad"))
+    part = Part(notes=[*verdicts, *_survival_caveat(folder / "evaluation.tsv")])
     caption = "Held-out patients of all folds, with 95 % intervals over patients"
-    part.tables.append(summary_table(summary, caption, _SHOWN))
+    own = summary[summary["baseline"] == ""]
+    part.tables.append(summary_table(own, caption, _SHOWN, list(own["method"].unique()), main_model(summary)))
     curves = folder / "kaplan_meier.png"
     if curves.is_file():
         alt = "Kaplan-Meier curves of the patients with high and with low predicted risk, each while held out"
@@ -34,6 +39,18 @@ def describe_survival(folder: Path) -> Part:
     else:
         part.notes.append("There is no picture of Kaplan-Meier curves.")
     return part
+
+
+def _predicted(path: Path) -> bool:
+    """Say whether the RNA of a cohort was predicted, by what its table keeps of the parameters."""
+    if not path.is_file():
+        return False
+    try:
+        with h5py.File(path) as file:
+            text = file["uns/histrata/provenance"][()]
+        return bool(json.loads(text)["parameters"].get("rna") == PREDICTED)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise TableError(f"{path}: not a table of a cohort; write it with `histrata survival evaluate`") from error
 
 
 def _survival_caveat(path: Path) -> list[str]:

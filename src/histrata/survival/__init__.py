@@ -5,7 +5,7 @@ function that fits one to a cohort with a seed can stand beside the others in `e
 """
 
 from histrata.survival.cohort import Cohort, read_cohort
-from histrata.survival.cox import CoxModel, cox_methods, fit_cox, load_cox
+from histrata.survival.cox import CoxModel, fit_cox, load_cox
 from histrata.survival.evaluation import Evaluation, evaluate_survival
 from histrata.survival.inputs import Inputs
 from histrata.survival.plan import SurvivalOptions, fit_main, plan_methods
@@ -20,7 +20,6 @@ __all__ = [
     "Inputs",
     "SurvivalOptions",
     "cohort_table",
-    "cox_methods",
     "evaluate",
     "evaluate_survival",
     "fit_cox",

@@ -58,7 +58,7 @@ def baseline_methods(
     components, rna_components, penalizer
         See `fit_cox`.
     more
-        Further baselines.
+        Further baselines, whose fits draw.
     """
     fit = CoxFit(components=components, rna_components=rna_components, penalizer=penalizer)
     few = basic_covariates(cohort) if basic is None else tuple(basic)
@@ -79,7 +79,7 @@ def baseline_methods(
     if cohort.features:
         parts["mean_pool"] = replace(fit, pool=True)
     methods = {name: Method(one, BASELINE, draws=False) for name, one in (found | parts).items()}
-    methods |= {name: Method(one, BASELINE, bool(getattr(one, "draws", True))) for name, one in (more or {}).items()}
+    methods |= {name: Method(one, BASELINE) for name, one in (more or {}).items()}
     if len(parts) > 1:
         methods["late_fusion"] = Method(late_fusion(list(parts.values())), BASELINE, draws=False)
     return methods

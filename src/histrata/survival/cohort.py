@@ -359,3 +359,11 @@ def _tell(cohort: Cohort, in_sheet: set[str]) -> None:
     }
     for what, who in lacking.items():
         tell(f"patient(s) {what}", who)
+    unknown = {name: table.loc[list(in_sheet), name].isna() for name in cohort.covariates}
+    tell(
+        "covariate(s) have no value in any row of the sheet and say nothing", [c for c, x in unknown.items() if x.all()]
+    )
+    tell(
+        "covariate(s) have empty cells, which get the median of the training patients or a level of their own",
+        [f"{c} ({int(x.sum())})" for c, x in unknown.items() if x.any() and not x.all()],
+    )

@@ -9,7 +9,8 @@ penalty (Efron's handling of ties) on standardised columns:
 
 Means, scales, components, levels and coefficients all come from the patients that `fit_cox` is given and
 from nobody else. A patient without a slide, or without RNA, gets the mean of those patients, that is, adds
-nothing to the log hazard from that side. Where there are as many columns as patients, or more, they are
+nothing to the log hazard from that side; so do patients whose sheet has none of the covariates, and a category
+that was never seen in training. Where there are as many columns as patients, or more, they are
 turned onto the at most n - 1 axes on which patients differ, which changes nothing: a ridge coefficient lies in
 the span of the rows (Hastie and Tibshirani 2004), so thousands of columns cost no more than hundreds. Without
 any column the model is the constant predictor: one risk for all, and the Kaplan-Meier curve.
@@ -23,7 +24,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,12 +32,13 @@ from lifelines import CoxPHFitter, KaplanMeierFitter
 from lifelines.exceptions import ConvergenceError, ConvergenceWarning
 from numpy.typing import ArrayLike, NDArray
 from pandas.api.types import is_numeric_dtype
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from sklearn.decomposition import PCA
 
 from histrata.errors import HistrataError, TableError
 from histrata.survival.cohort import Cohort
-from histrata.survival.folder import read_config
+from histrata.survival.folder import read_arrays, read_config
+from histrata.survival.text import tell
 
 Array = NDArray[np.float64]
 NOT_KNOWN = "not known"
@@ -78,13 +80,36 @@ class Covariate:
         return cls(str(column.name), None, tuple(sorted(_levels(column).unique())))
 
     def encode(self, column: pd.Series) -> Array:
-        """Return float64 (patients, columns); a level that was never seen is zero in all of them."""
+        """Return float64 (patients, columns).
+
+        NaN for a level that training never saw, "not known" among them.
+        """
         if self.stages:
-            return _stages(column).fillna(self.fill).to_numpy(np.float64)[:, None]
+            stages = _stages(column)
+            odd = column.notna() & stages.isna()
+            tell(
+                f"patient(s) have a '{self.name}' that is no stage and counts as unknown",
+                list(map(str, column.index[odd])),
+            )
+            return stages.fillna(self.fill).to_numpy(np.float64)[:, None]
         if self.fill is not None:
-            return pd.to_numeric(column).fillna(self.fill).to_numpy(np.float64)[:, None]
+            numbers = column if is_numeric_dtype(column) else pd.to_numeric(column, errors="coerce")
+            if numbers is not column and (odd := column.notna() & numbers.isna()).any():
+                raise TableError(
+                    f"The covariate '{self.name}' of patient '{column.index[odd][0]}' is '{column[odd].iloc[0]}', "
+                    "where the survival model was trained on numbers; correct the patient sheet."
+                )
+            known = numbers.to_numpy(np.float64, na_value=np.nan)
+            return np.where(np.isnan(known), self.fill, known)[:, None]
         values = _levels(column).to_numpy()
-        return (values[:, None] == np.array(self.levels, dtype=object)).astype(np.float64)
+        columns = (values[:, None] == np.array(self.levels, dtype=object)).astype(np.float64)
+        columns[~columns.any(axis=1)] = np.nan
+        return columns
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return 1 if self.fill is not None else len(self.levels)
 
 
 def _levels(column: pd.Series) -> pd.Series:
@@ -106,7 +131,8 @@ class Pooling:
     features
         Names of the d features; empty where there is nothing to use.
     mean, scale
-        float64 (d,), of the training patients; the scale of a constant feature is infinite.
+        float64 (d,), of the training patients; the scale of a constant feature is infinite, that of others their
+        deviation, by their weight.
     axes
         float64 (components, d).
     """
@@ -117,14 +143,22 @@ class Pooling:
     axes: Array
 
     @classmethod
-    def fit(cls, names: tuple[str, ...], values: NDArray[np.floating], most: int) -> Pooling:
-        """Learn mean, scale and at most `most` axes from the rows (patients, d) that have no NaN."""
+    def fit(
+        cls, names: tuple[str, ...], values: NDArray[np.floating], most: int, weights: ArrayLike | None = None
+    ) -> Pooling:
+        """Learn mean, scale and at most `most` axes from the rows (patients, d) that have no NaN.
+
+        Standardised features are multiplied by `weights` (d,), so that those of more weight lead the components.
+        """
         d = len(names)
         known = values[np.isfinite(values).all(axis=1)].astype(np.float64)
         if len(known) < 2:
             return cls(names, np.zeros(d), np.ones(d), np.zeros((0, d)))
         mean, scale = known.mean(axis=0), known.std(axis=0)
         scale = np.where(scale > 1e-8 * np.abs(mean) + 1e-12, scale, np.inf)
+        scale = scale if weights is None else scale / np.asarray(weights, np.float64)
+        if np.isinf(scale).all():
+            return cls(names, mean, scale, np.zeros((0, d)))
         pca = PCA(min(most, len(known) - 1, d), svd_solver="full").fit((known - mean) / scale)
         return cls(names, mean, scale, pca.components_[pca.explained_variance_ > 1e-9])
 
@@ -168,7 +202,9 @@ class CoxModel:
 
     def risk(self, cohort: Cohort) -> Array:
         """Return the log hazard relative to the mean training patient, float64 (patients,)."""
-        log_hazard = (_design(cohort, self.pooling, self.rna, self.covariates) - self.centre) @ self.coefficients
+        design = _design(cohort, self.pooling, self.rna, self.covariates)
+        # What is unknown says nothing: it is the training mean.
+        log_hazard = np.where(np.isnan(design), 0.0, design - self.centre) @ self.coefficients
         # Patients with the same columns must tie, whatever the last bits of a matrix product are.
         return np.round(log_hazard, 10) + 0.0
 
@@ -189,7 +225,6 @@ class CoxFit:
         See `fit_cox`.
     """
 
-    draws: ClassVar[bool] = False
     pool: bool = False
     covariates: bool | tuple[str, ...] = False
     rna: bool = False
@@ -210,23 +245,6 @@ class CoxFit:
         )
 
 
-def cox_methods(cohort: Cohort, components: int = 10, penalizer: float = 0.1) -> dict[str, CoxFit]:
-    """Name every model of slides and covariates that the cohort allows, simplest first; the last is the main model.
-
-    `constant`; `covariates` where there are any; `mean_pool` where there are embeddings;
-    `mean_pool_covariates` where there are both.
-    """
-    fit = CoxFit(components=components, penalizer=penalizer)
-    methods = {"constant": fit}
-    if cohort.covariates:
-        methods["covariates"] = replace(fit, covariates=True)
-    if cohort.features:
-        methods["mean_pool"] = replace(fit, pool=True)
-    if cohort.covariates and cohort.features:
-        methods["mean_pool_covariates"] = replace(fit, pool=True, covariates=True)
-    return methods
-
-
 def fit_cox(
     cohort: Cohort,
     *,
@@ -236,6 +254,7 @@ def fit_cox(
     components: int = 10,
     rna_components: int = 30,
     penalizer: float = 0.1,
+    weights: ArrayLike | None = None,
 ) -> CoxModel:
     """Fit on all patients of the cohort that have follow-up.
 
@@ -253,6 +272,8 @@ def fit_cox(
     penalizer
         Weight of half the squared coefficients (of columns in standard deviations) against the mean
         partial log likelihood of a patient, as in lifelines.
+    weights
+        (features,): of the standardised features of the mean embedding in their principal components.
 
     Raises
     ------
@@ -267,7 +288,8 @@ def fit_cox(
     train = cohort.followed()
     _check(train)
     half = max(1, int(train.event.sum()) // 2)
-    pooling = Pooling.fit(train.features, train.pool, min(components, half)) if pool else Pooling.none()
+    most = min(components, half)
+    pooling = Pooling.fit(train.features, train.pool, most, weights) if pool else Pooling.none()
     expression = Pooling.none()
     if rna and train.rna is not None:
         expression = Pooling.fit(train.genes, train.rna, min(rna_components, half))
@@ -295,9 +317,12 @@ def _check(train: Cohort) -> None:
 
 
 def _design(cohort: Cohort, pooling: Pooling, rna: Pooling, covariates: tuple[Covariate, ...]) -> Array:
-    """Return the model's columns, float64 (patients, p): principal components, then covariates."""
+    """Return the model's columns, float64 (patients, p): principal components, then covariates; NaN where unknown."""
     blocks = [np.zeros((len(cohort), 0))]
-    if pooling.features:
+    if pooling.features and not cohort.features:
+        # Nobody has instances: all get the training mean.
+        blocks.append(np.zeros((len(cohort), len(pooling.axes))))
+    elif pooling.features:
         if cohort.features != pooling.features:
             raise TableError(
                 f"The survival model was trained on {len(pooling.features)} features that are not those of "
@@ -306,14 +331,16 @@ def _design(cohort: Cohort, pooling: Pooling, rna: Pooling, covariates: tuple[Co
         blocks.append(pooling.encode(cohort.pool))
     if rna.features:
         blocks.append(rna.encode(_genes(cohort, rna.features)))
-    for covariate in covariates:
-        if covariate.name not in cohort.patients:
-            raise TableError(
-                f"The survival model needs the covariate '{covariate.name}', which the patients lack; "
-                "add the column to the patient sheet."
-            )
-        blocks.append(covariate.encode(cohort.patients[covariate.name]))
-    return np.concatenate(blocks, axis=1)
+    lacking = [covariate.name for covariate in covariates if covariate.name not in cohort.patients]
+    if lacking and len(lacking) < len(covariates):
+        raise TableError(
+            f"The survival model needs the covariate '{lacking[0]}' ({len(lacking)} of its {len(covariates)}), which "
+            "the patients lack; add the column to the patient sheet, or leave all covariates out."
+        )
+    if lacking:
+        tell("covariate(s) of the survival model are not in the patient sheet and say nothing", lacking)
+        return np.concatenate([*blocks, np.full((len(cohort), sum(c.width for c in covariates)), np.nan)], axis=1)
+    return np.concatenate([*blocks, *(c.encode(cohort.patients[c.name]) for c in covariates)], axis=1)
 
 
 def _genes(cohort: Cohort, genes: tuple[str, ...]) -> NDArray[np.floating]:
@@ -413,9 +440,10 @@ def load_cox(folder: Path) -> CoxModel:
     """
     folder = Path(folder)
     config = read_config(folder, FORMAT)
-    arrays = load_file(folder / "model.safetensors")
-    pooling = Pooling(tuple(config["features"]), *(arrays.pop(f"pool_{a}") for a in ("mean", "scale", "axes")))
     rna, genes = Pooling.none(), tuple(config.get("genes", ()))
+    parts = [f"{part}_{a}" for part in ("pool", *["rna"] * bool(genes)) for a in ("mean", "scale", "axes")]
+    arrays = read_arrays(folder, ("centre", "coefficients", "event_times", "baseline", *parts))
+    pooling = Pooling(tuple(config["features"]), *(arrays.pop(f"pool_{a}") for a in ("mean", "scale", "axes")))
     if genes:
         rna = Pooling(genes, *(arrays.pop(f"rna_{a}") for a in ("mean", "scale", "axes")))
     covariates = tuple(

@@ -59,7 +59,7 @@ from scipy.stats import norm, rankdata
 from histrata.errors import HistrataError
 from histrata.folds import Fold, assert_no_leak
 from histrata.survival.cohort import Cohort
-from histrata.survival.fitting import Fit, SurvivalModel
+from histrata.survival.fitting import SurvivalModel
 from histrata.survival.methods import BASELINE, CONTROL, MODEL, Method, ensemble
 from histrata.survival.metrics import (
     auc_at,
@@ -82,8 +82,6 @@ Array = NDArray[np.float64]
 Watch = Callable[[str, str, Sequence[SurvivalModel], Sequence[str]], None]
 
 LOWER_IS_BETTER = ("integrated_brier",)
-KINDS = {"constant": BASELINE, "covariates": BASELINE, "mean_pool": BASELINE}
-"""What methods that come without a kind are there for; others are models."""
 
 _SUMMARY = ("method", "metric", "mean", "ci_low", "ci_high", "n_patients", "kind", "baseline", "p", "p_holm", "verdict")
 _SEEDS = ("n_seeds", "seed_mean", "seed_low", "seed_high")
@@ -124,7 +122,7 @@ class Evaluation(NamedTuple):
 def evaluate_survival(
     cohort: Cohort,
     folds: Sequence[Fold],
-    methods: Mapping[str, Method | Fit],
+    methods: Mapping[str, Method],
     *,
     times: ArrayLike = (),
     seed: int = 0,
@@ -143,7 +141,7 @@ def evaluate_survival(
     folds
         Splits of patient ids; no patient is held out twice.
     methods
-        Name to method, or to function that fits a model to a cohort with a seed.
+        Each by its name.
     times
         Where the predicted survival curves are read for `predictions`.
     seed, replicates
@@ -169,10 +167,9 @@ def evaluate_survival(
     followed = cohort.followed()
     at = _horizons(followed) if horizons is None else tuple(float(h) for h in horizons)
     judged = {}
-    for name, given in methods.items():
-        method = _method(name, given)
+    for name, method in methods.items():
         seen = None if watch is None else partial(watch, name)
-        parts = [_hold_out(cohort, fold, method, seeds, times, at, tau, seen) for fold in folds]
+        parts = [_hold_out(cohort, fold, name, method, seeds, times, at, tau, seen) for fold in folds]
         held = pd.concat(parts, ignore_index=True)
         held.insert(0, "method", name)
         judged[name] = _Judged(held, method.kind, at, replicates, seed)
@@ -207,15 +204,10 @@ def _horizons(followed: Cohort) -> tuple[float, ...]:
     return tuple(dict.fromkeys(float(f"{q:.3g}") for q in quartiles))
 
 
-def _method(name: str, given: Method | Fit) -> Method:
-    if isinstance(given, Method):
-        return given
-    return Method(given, KINDS.get(name, MODEL), bool(getattr(given, "draws", True)))
-
-
 def _hold_out(
     cohort: Cohort,
     fold: Fold,
+    name: str,
     method: Method,
     seeds: Sequence[int],
     times: ArrayLike,
@@ -229,7 +221,10 @@ def _hold_out(
         raise HistrataError(
             f"Fold '{fold.name}' holds out no patient with follow-up; make the folds of the patients with follow-up."
         )
-    fitted = [method.fit(train, seed) for seed in (seeds if method.draws else seeds[:1])]
+    try:
+        fitted = [method.fit(train, seed) for seed in (seeds if method.draws else seeds[:1])]
+    except HistrataError as error:
+        raise type(error)(f"The method '{name}' cannot be fitted on fold '{fold.name}': {error}") from error
     if watch is not None:
         watch(fold.name, fitted, list(test.patients.index))
     models = [_Remembering(model) for model in fitted]

@@ -14,6 +14,7 @@ from histrata.survival.cohort import Cohort
 from histrata.survival.fitting import SurvivalModel
 from histrata.survival.instance_files import spots_of
 from histrata.survival.methods import Ensemble
+from histrata.survival.prototypes import PrototypeModel
 from histrata.survival.spots import write_spots
 from histrata.survival.training import NetworkModel
 
@@ -21,9 +22,9 @@ from histrata.survival.training import NetworkModel
 class Explained:
     """Collects, slide by slide, what each spot adds to its patient's risk, and its prototype.
 
-    Called with what `evaluate_survival` fits, it takes what the networks of the model `main` say of the patients that
-    they did not see: the mean of the contributions over the seeds, and the prototype of the first seed, since
-    prototypes of other seeds are others. Instances that were given ready-made have no spots to draw.
+    Called with what `evaluate_survival` fits, it takes what the models of `main`, where they tell instances apart, say
+    of the patients that they did not see: the mean of the contributions over the seeds, and the prototype of the first
+    seed, since prototypes of other seeds are others. Instances that were given ready-made have no spots to draw.
     """
 
     def __init__(self, cohort: Cohort, main: str) -> None:
@@ -34,8 +35,8 @@ class Explained:
 
     def __call__(self, method: str, fold: str, models: Sequence[SurvivalModel], patients: Sequence[str]) -> None:
         """Look at the slides of these patients with the models of one fold."""
-        networks = [m for m in models if isinstance(m, NetworkModel) and m.features]
-        if method != self.main or not networks or self.cohort.bags is None:
+        telling = [m for m in models if isinstance(m, (NetworkModel, PrototypeModel)) and m.features]
+        if method != self.main or not telling or self.cohort.bags is None:
             return
         asked = self.slides[self.slides["patient_id"].isin(patients)]
         columns = (asked["slide_id"], asked["path"].map(Path), asked["row"].astype(int), asked["n_spots"].astype(int))
@@ -43,11 +44,11 @@ class Explained:
             instances = self.cohort.bags.instances[row : row + n_spots]
             if not len(instances):
                 continue
-            told = [network.explain(instances) for network in networks]
+            told = [model.explain(instances) for model in telling]
             found = pd.DataFrame(
                 {
                     "risk_contribution": np.mean([contribution for contribution, _ in told], axis=0),
-                    "prototype": [networks[0].name_prototype(int(index)) for index in told[0][1]],
+                    "prototype": [telling[0].name_prototype(int(index)) for index in told[0][1]],
                 },
                 index=spots_of(path),
             )

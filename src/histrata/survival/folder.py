@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from histrata.errors import HistrataError
 
@@ -29,3 +35,24 @@ def read_config(folder: Path, form: str) -> dict[str, Any]:
             "train the model again with this version."
         )
     return config
+
+
+def read_arrays(folder: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of model.safetensors by name.
+
+    Raises
+    ------
+    HistrataError
+        The file cannot be read, or holds other arrays than `names`.
+    """
+    file = folder / "model.safetensors"
+    try:
+        arrays: dict[str, NDArray[np.generic]] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise HistrataError(f"{file} is not a readable file of weights ({error}); train the model again.") from error
+    if set(arrays) != set(names):
+        raise HistrataError(
+            f"{file} does not hold the arrays that its config.json describes ({', '.join(sorted(names))}); "
+            "train the model again."
+        )
+    return arrays

@@ -5,21 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from histrata.errors import HistrataError
+from histrata.registry import make_config
 from histrata.survival.baselines import baseline_methods, model_methods
 from histrata.survival.cohort import Cohort
 from histrata.survival.cox import CoxFit
 from histrata.survival.fitting import Fit, SurvivalModel
 from histrata.survival.methods import CONTROL, Method, ensemble
-from histrata.survival.prototypes import fit_prototypes
+from histrata.survival.prototypes import PrototypeOptions, fit_prototypes
 from histrata.survival.training import TrainingOptions, network_method
 
 log = logging.getLogger(__name__)
 
 COX = "cox"
-MODELS = ("pibd", "pibd_reference", "attention_mil", COX)
+PROTOTYPES = "prototypes"
+MODELS = ("pibd", "pibd_reference", "attention_mil", "mean_pool", PROTOTYPES, COX)
+_INSTANCES_ALONE = ("attention_mil", "mean_pool", PROTOTYPES)
+# The row of a model has its name, but where a baseline of ridge Cox has that.
+_ROWS = {"mean_pool": "mean_pool_network"}
 _INNER_FOLDS = 3
 
 
@@ -30,13 +36,14 @@ class SurvivalOptions:
     Attributes
     ----------
     model
-        One of `MODELS`: ridge Cox on all that is known, PIBD (ours, or as published), or attention MIL.
+        One of `MODELS`: ridge Cox on all that is known; PIBD (ours, or as published); or, on instances alone, networks
+        that pool with attention or with the mean, or prototypes (a Gaussian mixture) and ridge Cox.
     model_options
-        Keys of the network's configuration that differ from the variant's.
+        Keys of the network's configuration, or of `PrototypeOptions`, that differ from the variant's.
     head, bins, epochs, batch_size, learning_rate, weight_decay
         See `histrata.survival.training.TrainingOptions`.
     seeds
-        Models of so many seeds speak together; networks only.
+        Models of so many seeds speak together; all but ridge Cox.
     basic_covariates
         Columns of the sheet that are a baseline of their own; None for age and sex.
     components, rna_components, penalizer
@@ -68,6 +75,13 @@ class SurvivalOptions:
             raise HistrataError(f"survival.model is '{self.model}'; choose one of {', '.join(MODELS)}")
         if self.seeds < 1:
             raise HistrataError(f"survival.seeds is {self.seeds}; it must be at least 1")
+        if self.model == COX and self.model_options:
+            raise HistrataError(
+                f"survival.model_options names {', '.join(sorted(self.model_options))}, and survival.model is '{COX}', "
+                "which has no such options; leave them out, or choose a model that has them"
+            )
+        if self.model == PROTOTYPES:
+            make_config(PrototypeOptions, self.model_options)
         self.training(self.model)
 
     def training(self, model: str, modalities: tuple[str, ...] = ("histology", "rna")) -> TrainingOptions:
@@ -112,7 +126,8 @@ def plan_methods(cohort: Cohort, options: SurvivalOptions) -> Plan:
     main, fit, uses = _main(cohort, options)
     more: dict[str, Fit] = {}
     if _has_bags(cohort):
-        more["prototypes"] = fit_prototypes
+        if main != PROTOTYPES:
+            more[PROTOTYPES] = _fit_prototypes(options)
         if main != "attention_mil":
             more["attention_mil"] = network_method(options.training("attention_mil", ("histology",)))
     methods = baseline_methods(
@@ -132,21 +147,30 @@ def plan_methods(cohort: Cohort, options: SurvivalOptions) -> Plan:
 def fit_main(cohort: Cohort, options: SurvivalOptions) -> tuple[SurvivalModel, str]:
     """Fit the model, with every seed, to all patients who have follow-up; give its name too."""
     main, fit, _ = _main(cohort, options)
+    return fit_seeds(Method(fit, draws=main != COX), cohort, options.seeds), main
+
+
+def fit_seeds(method: Method, cohort: Cohort, seeds: int) -> SurvivalModel:
+    """Fit a method, where it draws with every seed, to all patients who have follow-up."""
     train = cohort.followed()
-    seeds = range(options.seeds if main != COX else 1)
-    return ensemble([fit(train, seed) for seed in seeds], train), main
+    return ensemble([method.fit(train, seed) for seed in range(seeds if method.draws else 1)], train)
 
 
 def _main(cohort: Cohort, options: SurvivalOptions) -> tuple[str, Fit, tuple[str, ...]]:
     """Return name and fit of the model, and the modalities that it reads."""
     reads = {"bags": _has_bags(cohort), "rna": cohort.rna is not None and bool(cohort.pathways)}
-    if options.model == "attention_mil":
+    alone = options.model in _INSTANCES_ALONE
+    if alone:
         reads["rna"] = False
     uses = tuple(name for name, there in reads.items() if there)
     if options.model != COX and uses:
-        if cohort.rna is not None and not cohort.pathways:
+        if cohort.rna is not None and alone:
+            log.warning("%s reads instances alone; only the baselines use RNA.", options.model)
+        elif cohort.rna is not None and not cohort.pathways:
             log.warning("%s reads RNA by gene sets; without gene_sets only the baselines use it.", options.model)
-        return options.model, network_method(options.training(options.model)), uses
+        network = network_method(options.training(options.model))
+        fit = _fit_prototypes(options) if options.model == PROTOTYPES else network
+        return _ROWS.get(options.model, options.model), fit, uses
     known = {"bags": bool(cohort.features), "rna": cohort.rna is not None, "covariates": bool(cohort.covariates)}
     if not any(known.values()):
         raise HistrataError(
@@ -154,7 +178,8 @@ def _main(cohort: Cohort, options: SurvivalOptions) -> tuple[str, Fit, tuple[str
             "give the embedding.h5ad of the slides, or add covariates to the patient sheet."
         )
     if options.model != COX:
-        log.warning("%s has neither instances nor RNA with gene sets to read; ridge Cox is fitted.", options.model)
+        lacks = "no instances" if alone else "neither instances nor RNA with gene sets"
+        log.warning("%s has %s to read; ridge Cox is fitted in its place.", options.model, lacks)
     fit = CoxFit(
         pool=known["bags"],
         rna=known["rna"],
@@ -164,6 +189,12 @@ def _main(cohort: Cohort, options: SurvivalOptions) -> tuple[str, Fit, tuple[str
         penalizer=options.penalizer,
     )
     return COX, fit, tuple(name for name, there in known.items() if there)
+
+
+def _fit_prototypes(options: SurvivalOptions) -> Fit:
+    """Return the fit of prototypes; `model_options` are those of the model that was asked for."""
+    chosen = options.model_options if options.model == PROTOTYPES else {}
+    return partial(fit_prototypes, components=options.components, penalizer=options.penalizer, **chosen)
 
 
 def _has_bags(cohort: Cohort) -> bool:

@@ -69,8 +69,8 @@ def tidy_rna(table: pd.DataFrame, source: str) -> pd.DataFrame:
         row, column = np.argwhere(wrong)[0]
         raise TableError(
             f"{source}: gene '{table.columns[column]}' of patient '{table.index[row]}' is {table.iat[row, column]!s} "
-            f"({int(wrong.sum())} such value(s)) where a finite number was expected; fill it in, or leave the gene out "
-            "(a patient without RNA has no number in the whole row)."
+            f"({int(wrong.sum())} such value(s)) where a finite number that float32 holds was expected; fill it in, or "
+            "leave the gene out (a patient without RNA has no number in the whole row)."
         )
     tell(f"patient(s) of {source} have no number in their row: they have no RNA", list(table.index[without]))
     tidy = pd.DataFrame(values[~without], index=table.index[~without], columns=table.columns)

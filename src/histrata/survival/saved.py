@@ -1,22 +1,28 @@
-"""Fitted survival models as folders: one of ridge Cox, one network, or networks of several seeds."""
+"""Fitted survival models as folders: ridge Cox, prototypes and ridge Cox, a network, or models of several seeds."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from histrata.errors import HistrataError
-from histrata.survival import cox, training
+from histrata.survival import cox, prototypes, training
 from histrata.survival.cox import CoxModel, load_cox, save_cox
 from histrata.survival.fitting import SurvivalModel
 from histrata.survival.methods import Ensemble
+from histrata.survival.prototypes import PrototypeModel, load_prototypes, save_prototypes
 from histrata.survival.training import NetworkModel, load_network, save_network
 
 FORMAT = "histrata-survival-ensemble-1"
+_LOADERS: dict[str, Callable[[Path], SurvivalModel]] = {
+    cox.FORMAT: load_cox,
+    prototypes.FORMAT: load_prototypes,
+    training.FORMAT: load_network,
+}
 
 
 def save_model(model: SurvivalModel, folder: Path, config: Mapping[str, Any]) -> None:
@@ -27,6 +33,8 @@ def save_model(model: SurvivalModel, folder: Path, config: Mapping[str, Any]) ->
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, CoxModel):
         save_cox(model, folder, dict(config))
+    elif isinstance(model, PrototypeModel):
+        save_prototypes(model, folder, config)
     elif isinstance(model, NetworkModel):
         save_network(model, folder, config)
     elif isinstance(model, Ensemble):
@@ -58,13 +66,11 @@ def load_model(folder: Path) -> SurvivalModel:
         kind = config["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise HistrataError(f"{file} is not the config of a survival model; train the model again.") from error
-    if kind == cox.FORMAT:
-        return load_cox(folder)
-    if kind == training.FORMAT:
-        return load_network(folder)
+    if kind in _LOADERS:
+        return _LOADERS[kind](folder)
     if kind != FORMAT:
         raise HistrataError(
-            f"{file} has the format '{kind}' where one of {cox.FORMAT}, {training.FORMAT} and {FORMAT} was expected; "
+            f"{file} has the format '{kind}' where one of {', '.join(_LOADERS)} and {FORMAT} was expected; "
             "train the model again with this version."
         )
     members = tuple(load_model(folder / name) for name in config["members"])

@@ -19,8 +19,9 @@ from histrata.survival.cohort import Cohort
 from histrata.survival.evaluation import evaluate_survival
 from histrata.survival.explained import Explained
 from histrata.survival.figures import draw_kaplan_meier
+from histrata.survival.fitting import SurvivalModel
 from histrata.survival.inputs import Inputs
-from histrata.survival.plan import SurvivalOptions, fit_main, plan_methods
+from histrata.survival.plan import SurvivalOptions, fit_main, fit_seeds, plan_methods
 from histrata.survival.saved import load_model, save_model
 from histrata.survival.table import cohort_table
 
@@ -38,7 +39,10 @@ def evaluate(
     tau: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Cross-validate; write evaluation.tsv, summary.tsv, calibration.tsv, cohort.h5ad, kaplan_meier.png and spots/.
+    """Cross-validate, and fit the final model.
+
+    Writes evaluation.tsv, summary.tsv, calibration.tsv, cohort.h5ad, kaplan_meier.png, spots/ and model/, which is what
+    `train` writes: the final model predicts the patients without follow-up, and is not to be fitted twice.
 
     Parameters
     ----------
@@ -75,7 +79,7 @@ def evaluate(
         tau=tau,
         watch=explained,
     )
-    final, _ = fit_main(cohort, options)
+    final = fit_seeds(plan.methods[plan.main], cohort, options.seeds)
     explained.rest(final)
     table = cohort_table(cohort, result, plan.main, final, times)
     parameters = {"folds": folds, "horizons": list(horizons), "tau": tau, "seed": seed}
@@ -90,10 +94,11 @@ def evaluate(
     title = f"Held-out patients of {len(splits)} folds, {plan.main.replace('_', ' ')}"
     draw_kaplan_meier(shown, out / "kaplan_meier.png", title)
     explained.write(out / "spots", signed)
+    _write_model(final, plan.main, cohort, inputs, options, out / "model", out / "summary.tsv")
 
 
 def train(inputs: Inputs, out: Path, options: SurvivalOptions | None = None, *, summary: Path | None = None) -> None:
-    """Fit the model on every patient with follow-up; write the folder `out` whole.
+    """Fit the model on every patient with follow-up, without judging it; write the folder `out` whole.
 
     It holds config.json, card.md and weights; see `histrata.survival.saved`.
 
@@ -109,6 +114,19 @@ def train(inputs: Inputs, out: Path, options: SurvivalOptions | None = None, *, 
     options = options or SurvivalOptions()
     cohort = inputs.read(out.parent / "bags")
     model, main = fit_main(cohort, options)
+    _write_model(model, main, cohort, inputs, options, out, summary)
+
+
+def _write_model(
+    model: SurvivalModel,
+    main: str,
+    cohort: Cohort,
+    inputs: Inputs,
+    options: SurvivalOptions,
+    out: Path,
+    summary: Path | None,
+) -> None:
+    """Write the folder of a final model."""
     followed = cohort.followed()
     config = {
         "method": main,

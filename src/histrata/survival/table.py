@@ -12,6 +12,7 @@ from histrata.survival.evaluation import Evaluation
 from histrata.survival.figures import logrank_p
 from histrata.survival.fitting import SurvivalModel
 from histrata.survival.methods import Ensemble
+from histrata.survival.prototypes import PrototypeModel
 from histrata.survival.training import NetworkModel
 
 
@@ -35,8 +36,9 @@ def cohort_table(
     obsm["X_mean"]
         float32 (patients, features): mean embedding, beside RNA.
     obsm["X_prototypes"]
-        float32 (patients, channels): where the final network (of the first seed) sees each patient. Models of folds
-        have spaces of their own, so this one has seen the outcome of the patients: look at it, and judge by `risk`.
+        float32 (patients, channels): where the final network (of the first seed) sees each patient, or the share of
+        each prototype of the mixture. Models of folds have spaces of their own, so this one has seen the outcome of the
+        patients: look at it, and judge by `risk`.
     uns["survival"]
         `times` of the curves (deciles of the observed event times; only where curves are read, no
         model depends on them), `method`, and `logrank_p` between the risk groups of the patients that were held out.
@@ -57,9 +59,9 @@ def cohort_table(
     table.obsm["survival"] = predicted[[f"survival_{i}" for i in range(len(times))]].to_numpy(np.float32)
     if cohort.rna is not None and cohort.features:
         table.obsm["X_mean"] = _filled(cohort.pool)
-    network = final.members[0] if isinstance(final, Ensemble) else final
-    if isinstance(network, NetworkModel):
-        table.obsm["X_prototypes"] = network.embedding(cohort)
+    first = final.members[0] if isinstance(final, Ensemble) else final
+    if isinstance(first, (NetworkModel, PrototypeModel)):
+        table.obsm["X_prototypes"] = _filled(first.embedding(cohort))
     table.uns["survival"] = {"times": times, "method": main, "logrank_p": logrank_p(obs[obs["fold"] != "final"])}
     return table
 
