@@ -585,7 +585,7 @@ def survival_evaluate(
     model_option: ModelOption = [],  # noqa: B006
     head: Head = "cox",
     bins: Bins = 4,
-    epochs: SurvivalEpochs = 20,
+    epochs: SurvivalEpochs = 30,
     batch_size: PatientsAStep = 128,
     learning_rate: LearningRate = 1e-2,
     weight_decay: WeightDecay = 0.1,
@@ -646,7 +646,7 @@ def survival_train(
     model_option: ModelOption = [],  # noqa: B006
     head: Head = "cox",
     bins: Bins = 4,
-    epochs: SurvivalEpochs = 20,
+    epochs: SurvivalEpochs = 30,
     batch_size: PatientsAStep = 128,
     learning_rate: LearningRate = 1e-2,
     weight_decay: WeightDecay = 0.1,

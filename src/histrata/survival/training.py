@@ -67,7 +67,7 @@ class TrainingOptions:
     modalities: tuple[str, ...] = MODALITIES
     head: str = "cox"
     bins: int = 4
-    epochs: int = 20
+    epochs: int = 30
     batch_size: int = 128
     learning_rate: float = 1e-2
     weight_decay: float = 0.1
