@@ -709,7 +709,7 @@ def report(
 def demo_data(
     folder: Annotated[Path, typer.Argument(help="Folder to write the cohort to.")],
     patients: Annotated[
-        int | None, typer.Option(min=2, help="Patients, one slide each; default: 12, with --survival 240.")
+        int | None, typer.Option(min=2, help="Patients, one slide each; default: 12, with --survival 500.")
     ] = None,
     measured: Annotated[int, typer.Option(min=2, help="Patients with measured expression.")] = 4,
     size_px: Annotated[int, typer.Option(help="Width and height of a slide in px.")] = 3072,
@@ -725,7 +725,7 @@ def demo_data(
     if survival:
         from histrata.demo.cohort import write_cohort
 
-        write_cohort(folder, patients or 240, seed)
+        write_cohort(folder, patients or 500, seed)
         print(
             f"written to {folder}; run it with: histrata survival evaluate {folder}/patients.tsv "
             f"--instances {folder}/instances.npz --rna {folder}/rna.tsv.gz --gene-sets {folder}/gene_sets.gmt "

@@ -39,7 +39,7 @@ truth/             what all of it was made from
 """
 
 
-def write_cohort(folder: Path, patients: int = 240, seed: int = 0) -> None:
+def write_cohort(folder: Path, patients: int = 500, seed: int = 0) -> None:
     """Write a survival cohort with planted truth to a new or empty folder, whole or not at all.
 
     The same arguments give the same bytes.

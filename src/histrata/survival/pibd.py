@@ -605,17 +605,18 @@ class PIBD(SurvivalNetwork):
         return torch.cat([torch.zeros(0, self.config.n_prototypes, device=self.device), *parts])
 
     @torch.no_grad()
-    def _rank(self, cosine: Tensor) -> Tensor:
-        """Return the rows of the selected among instances with these cosines (n, P), highest score first, (k,)."""
+    def _rank(self, cosine: Tensor, k: int) -> Tensor:
+        """Return the rows of the k instances to select among those with these cosines (n, P), highest score first."""
         bottleneck: Any = self.bottlenecks["histology"]
-        return bottleneck.score(cosine, _mean_of(cosine)).topk(self.count(len(cosine))).indices
+        return bottleneck.score(cosine, _mean_of(cosine)).topk(k).indices
 
     @torch.no_grad()
     def _set_aside(self, cosine: Tensor) -> Tensor:
         """Return the rows of the instances that have to become tokens, of those with these cosines (n, P)."""
+        k = self.count(len(cosine))
         if self.config.select == "telling":
-            return self._rank(cosine).sort().values
-        return cosine.topk(self.count(len(cosine)), dim=0).indices.unique()
+            return self._rank(cosine, k).sort().values
+        return cosine.topk(k, dim=0).indices.unique()
 
     def _left_out(self, present: Tensor) -> Tensor:
         """Draw in training which modality (n, M) is left out of patients who have all."""
@@ -630,16 +631,16 @@ class PIBD(SurvivalNetwork):
         """Return how many of a bag's n instances count for a prototype, and are selected."""
         return min(self.config.top_k, math.ceil(self.config.share * n))
 
-    def select(self, bag: Bag) -> Tensor:
-        """Return the rows of the instances that are selected of a bag, highest score first, int64 (k,)."""
-        return self._rank(self._compare(bag)).cpu()
+    def select(self, bag: Bag, k: int | None = None) -> Tensor:
+        """Return the rows of the k instances that are selected of a bag, highest score first; of `count` when None."""
+        return self._rank(self._compare(bag), self.count(len(bag)) if k is None else min(k, len(bag))).cpu()
 
     @torch.no_grad()
     def explain(self, bag: Bag) -> tuple[Tensor, Tensor]:
         """Return of each instance what it adds to the risk, and the prototype that it resembles most.
 
-        With `select="telling"`: its part of what the similarities add to the patient's log risk (of hazards, to the mean
-        logit), compared with the training patients' mean similarities. Else the risk of the prototypes that it
+        With `select="telling"`: its part of what the similarities add to the patient's log risk (of hazards, to the
+        mean logit), compared with the training patients' mean similarities. Else the risk of the prototypes that it
         resembles, in standard deviations of the training patients' risk (see `rate`). Prototypes are counted as
         `PIBDConfig.n_prototypes` says.
         """
