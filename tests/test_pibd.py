@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 D, GENES = 12, 30
 SETS = [list(range(i, i + 6)) for i in range(0, 24, 4)] + [[29, 0, 7]]
 SMALL = {"dim": 16, "hidden": (24,), "rank": 8, "heads": 2, "top_k": 6}
-MODELS = ["pibd", "pibd_reference", "attention_mil", "mean_pool"]
+MODELS = ["pibd", "pibd_reference", "attention_mil", "mean_mil"]
 
 
 def make(name="pibd", seed=0, **config):
@@ -573,7 +573,7 @@ def test_prototypes_separate_the_risk_groups(found):
     assert found["protective"].mean() < 0.2
 
 
-@pytest.mark.parametrize("name", ["attention_mil", "mean_pool"])
+@pytest.mark.parametrize("name", ["attention_mil", "mean_mil"])
 def test_pooling_networks_find_a_planted_signal(name):
     cohort, _ = planted(160)
     model = fit_network(half(cohort, True), 0, TrainingOptions(name, epochs=30, batch_size=32, learning_rate=3e-3))

@@ -282,18 +282,18 @@ def test_prototypes_find_shares_among_many_noisy_means() -> None:
 
 def test_the_network_of_the_mean_stands_beside_the_baseline_of_that_name(inputs: Inputs) -> None:
     cohort = inputs.read()
-    methods, main = plan_methods(cohort, replace(FAST, model="mean_pool", controls=True))
-    assert main == "mean_pool_network"
+    methods, main = plan_methods(cohort, replace(FAST, model="mean_mil", controls=True))
+    assert main == "mean_mil"
     assert [name for name, method in methods.items() if method.kind == "model"] == [main, f"{main}_covariates"]
     assert methods["mean_pool"].kind == methods["attention_mil"].kind == "baseline"
     assert f"{main}_shuffled_bags" in methods
     assert f"{main}_shuffled_rna" not in methods
-    model, name = fit_main(cohort, replace(FAST, model="mean_pool"))
+    model, name = fit_main(cohort, replace(FAST, model="mean_mil"))
     assert name == main
-    assert [member.model for member in model.members] == ["mean_pool"] * 2
+    assert [member.model for member in model.members] == ["mean_mil"] * 2
 
 
-@pytest.mark.parametrize("model", ["prototypes", "mean_pool", "attention_mil"])
+@pytest.mark.parametrize("model", ["prototypes", "mean_mil", "attention_mil"])
 def test_without_instances_ridge_cox_takes_the_place(
     inputs: Inputs, model: str, caplog: pytest.LogCaptureFixture
 ) -> None:

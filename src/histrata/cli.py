@@ -533,7 +533,7 @@ BasicCovariates = Annotated[
     typer.Option("--basic-covariate", help="Column of a baseline with few covariates; default: age and sex."),
 ]
 SurvivalModelName = Annotated[
-    Literal["pibd", "pibd_reference", "attention_mil", "mean_pool", "prototypes", "cox"],
+    Literal["pibd", "pibd_reference", "attention_mil", "mean_mil", "prototypes", "cox"],
     typer.Option(
         "--model",
         help="PIBD, as recommended or as published; attention over instances, their mean, or prototypes of them; or "

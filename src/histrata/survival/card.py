@@ -12,7 +12,7 @@ _WHAT = {
     "pibd": "PIBD (prototypes of risk), recommended arrangement",
     "pibd_reference": "PIBD (prototypes of risk), published arrangement",
     "attention_mil": "Attention over instances",
-    "mean_pool_network": "Network on the mean instance",
+    "mean_mil": "Network on the mean instance",
     "prototypes": "Ridge Cox regression on prototypes of the instances (a Gaussian mixture)",
 }
 

@@ -168,7 +168,7 @@ def attention_mil(seed: int = 0, **config: Any) -> MIL:
 
 
 @register_model
-def mean_pool(seed: int = 0, **config: Any) -> MIL:
+def mean_mil(seed: int = 0, **config: Any) -> MIL:
     """Pool with the mean over the embedded instances of a bag."""
     with seeded(seed):
         return MIL(make_config(MILConfig, config, pool="mean"))

@@ -22,10 +22,8 @@ log = logging.getLogger(__name__)
 
 COX = "cox"
 PROTOTYPES = "prototypes"
-MODELS = ("pibd", "pibd_reference", "attention_mil", "mean_pool", PROTOTYPES, COX)
-_INSTANCES_ALONE = ("attention_mil", "mean_pool", PROTOTYPES)
-# The row of a model has its name, but where a baseline of ridge Cox has that.
-_ROWS = {"mean_pool": "mean_pool_network"}
+MODELS = ("pibd", "pibd_reference", "attention_mil", "mean_mil", PROTOTYPES, COX)
+_INSTANCES_ALONE = ("attention_mil", "mean_mil", PROTOTYPES)
 _INNER_FOLDS = 3
 
 
@@ -170,7 +168,7 @@ def _main(cohort: Cohort, options: SurvivalOptions) -> tuple[str, Fit, tuple[str
             log.warning("%s reads RNA by gene sets; without gene_sets only the baselines use it.", options.model)
         network = network_method(options.training(options.model))
         fit = _fit_prototypes(options) if options.model == PROTOTYPES else network
-        return _ROWS.get(options.model, options.model), fit, uses
+        return options.model, fit, uses
     known = {"bags": bool(cohort.features), "rna": cohort.rna is not None, "covariates": bool(cohort.covariates)}
     if not any(known.values()):
         raise HistrataError(

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 Array = NDArray[np.float64]
 FORMAT = "histrata-survival-network-1"
 MODALITIES = ("histology", "rna")
-_MIL = ("attention_mil", "mean_pool")
+_MIL = ("attention_mil", "mean_mil")
 
 
 @dataclass(frozen=True)
