@@ -55,6 +55,18 @@ def chunks(bag: Bag, device: torch.device, size: int = CHUNK) -> Iterator[Tensor
         yield as_instances(bag[start : start + size], device)
 
 
+def grouped(bags: Sequence[Bag], size: int = CHUNK) -> Iterator[list[Bag]]:
+    """Give bags, in their order, a few at a time: of at most `size` instances together, or one that has more."""
+    group: list[Bag] = []
+    for bag in bags:
+        if group and sum(map(len, group)) + len(bag) > size:
+            yield group
+            group = []
+        group.append(bag)
+    if group:
+        yield group
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Draw weights and dropout from this seed; the global random state is afterwards what it was."""

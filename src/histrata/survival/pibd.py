@@ -83,6 +83,7 @@ from histrata.survival.networks import (
     SurvivalNetwork,
     as_instances,
     chunks,
+    grouped,
     seeded,
 )
 
@@ -583,19 +584,24 @@ class PIBD(SurvivalNetwork):
         k = torch.tensor([self.count(len(bag)) for bag in bags], device=self.device)
         mean = None
         if self.config.select == "telling":
-            # Computed again for the gradients, a bag at a time, so that no bag has to be held for them.
-            learning = torch.is_grad_enabled()
-            parts = [
-                checkpoint(self._mean, bag, use_reentrant=False) if learning and len(bag) else _mean_of(cosine)
-                for bag, cosine in zip(bags, cosines, strict=True)
-            ]
-            mean = torch.stack(parts)
+            mean = self._means(bags) if torch.is_grad_enabled() else torch.stack([_mean_of(x) for x in cosines])
         return self.encoder(padded), known, k, mean
 
-    def _mean(self, bag: Bag) -> Tensor:
-        """Return the mean cosine (P,) of a bag's instances with the prototypes."""
+    def _means(self, bags: Sequence[Bag]) -> Tensor:
+        """Return the mean cosine (n, P) of the instances of each bag, with gradients.
+
+        They are computed again for the gradients, a few bags at a time, so that no more than those are held for them.
+        """
+        return torch.cat([checkpoint(self._mean, group, use_reentrant=False) for group in grouped(bags)])
+
+    def _mean(self, bags: Sequence[Bag]) -> Tensor:
+        """Return the mean cosine (n, P) of the instances of each bag, of all bags at once."""
         bottleneck: Any = self.bottlenecks["histology"]
-        return _mean_of(bottleneck.compare(self.encoder(as_instances(bag, self.device))))
+        sizes = torch.tensor([len(bag) for bag in bags], device=self.device)
+        owner = torch.repeat_interleave(torch.arange(len(bags), device=self.device), sizes)
+        cosine = bottleneck.compare(self.encoder(torch.cat([as_instances(bag, self.device) for bag in bags])))
+        total = torch.zeros(len(bags), self.config.n_prototypes, device=self.device).index_add(0, owner, cosine)
+        return total / sizes.clamp(min=1)[:, None]
 
     @torch.no_grad()
     def _compare(self, bag: Bag) -> Tensor:
