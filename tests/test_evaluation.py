@@ -586,6 +586,15 @@ def test_a_slide_that_no_model_saw_is_predicted_by_the_final_model(run, cohort, 
     np.testing.assert_allclose(table.obsm["spatial_um"], table.obsm["spatial"] * section.pyramid.mpp)
 
 
+def test_a_model_that_has_seen_the_patient_says_so(run, cohort, predicted, tmp_path, caplog):
+    predicted(cohort.path / "a2")
+    predicted(cohort.path / "grid")
+    assert not [m for m in caplog.messages if "was trained on" in m]
+    predict(cohort.path / "a2", tmp_path / "e.h5ad", run.path / "model", device="cpu")
+    (said,) = [m for m in caplog.messages if "was trained on" in m]
+    assert "model was trained on patient 'p1' (slides a1, a2): what it predicts for slide 'a2'" in said
+
+
 @pytest.mark.parametrize(("slide", "patient"), [("a2", "p1"), ("grid", "")])
 def test_intervals_are_those_that_other_patients_calibrated(run, cohort, predicted, slide, patient):
     table = predicted(cohort.path / slide)
