@@ -262,6 +262,16 @@ def test_one_patient_is_not_enough(cohort, tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_slides_without_patients_are_told(cohort, tiny, tmp_path, caplog):
+    unnamed = type(cohort)(tmp_path)
+    slides = [unnamed.add(name, name, seed=i) for i, name in enumerate(("s1", "s2"))]
+    for folders, n_told in ((slides, 1), (cohort.measured, 0)):
+        caplog.clear()
+        with pytest.raises(HistrataError, match="the gene panel 'all'"):
+            evaluate(folders, tmp_path / "out", replace(tiny, panel="all"), checkpoints=tmp_path / "checkpoints")
+        assert sum("each of the 2 slides counts as a patient of its own" in m for m in caplog.messages) == n_told
+
+
 def test_a_run_that_fails_leaves_nothing_that_looks_finished(cohort, tiny, tmp_path):
     with pytest.raises(
         HistrataError, match="none of highly_expressed, highly_variable, spatially_variable and not a file"
