@@ -7,6 +7,8 @@ folds, one for each seed, and its difference to the recommended arrangement (`ba
 the spread of `base` over seeds say nothing.
 
     python benchmarks/m2ost_ablation.py runs/mob/results/slides/{04,09,11}
+
+With --model-option, all variants start from another arrangement than the recommended one.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from histrata.expression.baselines import colour_ridge, colour_statistics
 from histrata.expression.metrics import correlation
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="of every variant")
     parser.add_argument("--only", nargs="*", help="names of variants, in the order to try them; default: all")
     parser.add_argument("--folds", nargs="*", help="names of folds; default: all")
+    parser.add_argument("--model-option", nargs="*", default=[], help="key=value of the model in every variant")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -75,8 +79,9 @@ def main() -> None:
         if not options.folds or fold.name in options.folds
     ]
     common = {"field_um": options.field_um, "epochs": options.epochs}
-    variants = {name: M2OSTOptions(**common, model_options=keys) for name, keys in MODEL.items()}
-    variants |= {name: M2OSTOptions(**common | keys) for name, keys in TRAINING.items()}
+    base = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in options.model_option)}
+    variants = {name: M2OSTOptions(**common, model_options=base | keys) for name, keys in MODEL.items()}
+    variants |= {name: M2OSTOptions(**common | keys, model_options=base) for name, keys in TRAINING.items()}
     names = ["base", *(options.only or [name for name in variants if name != "base"])]
     scores: dict[str, list[float]] = {name: [] for name in names}
     for seed in range(options.seeds):

@@ -262,6 +262,16 @@ def test_one_patient_is_not_enough(cohort, tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_slides_without_patients_are_told(cohort, tiny, tmp_path, caplog):
+    unnamed = type(cohort)(tmp_path)
+    slides = [unnamed.add(name, name, seed=i) for i, name in enumerate(("s1", "s2"))]
+    for folders, n_told in ((slides, 1), (cohort.measured, 0)):
+        caplog.clear()
+        with pytest.raises(HistrataError, match="the gene panel 'all'"):
+            evaluate(folders, tmp_path / "out", replace(tiny, panel="all"), checkpoints=tmp_path / "checkpoints")
+        assert sum("each of the 2 slides counts as a patient of its own" in m for m in caplog.messages) == n_told
+
+
 def test_a_run_that_fails_leaves_nothing_that_looks_finished(cohort, tiny, tmp_path):
     with pytest.raises(
         HistrataError, match="none of highly_expressed, highly_variable, spatially_variable and not a file"
@@ -584,6 +594,15 @@ def test_a_slide_that_no_model_saw_is_predicted_by_the_final_model(run, cohort, 
     assert list(table.obs.columns) == OBS
     assert "measured" not in table.layers
     np.testing.assert_allclose(table.obsm["spatial_um"], table.obsm["spatial"] * section.pyramid.mpp)
+
+
+def test_a_model_that_has_seen_the_patient_says_so(run, cohort, predicted, tmp_path, caplog):
+    predicted(cohort.path / "a2")
+    predicted(cohort.path / "grid")
+    assert not [m for m in caplog.messages if "was trained on" in m]
+    predict(cohort.path / "a2", tmp_path / "e.h5ad", run.path / "model", device="cpu")
+    (said,) = [m for m in caplog.messages if "was trained on" in m]
+    assert "model was trained on patient 'p1' (slides a1, a2): what it predicts for slide 'a2'" in said
 
 
 @pytest.mark.parametrize(("slide", "patient"), [("a2", "p1"), ("grid", "")])

@@ -385,6 +385,39 @@ def test_raw_counts_are_found_where_they_are(tmp_path: Path, table: ad.AnnData, 
     assert measured.unmatched["spots_off_tissue"] == 1
 
 
+@pytest.mark.parametrize(
+    ("column", "cells", "said"),
+    [
+        ("in_tissue", ["True", "False", "yes", "no"], r"obs\['in_tissue'\] holds 'True' for spot 'spot0', expected"),
+        ("array_row", ["A1", "0", "1", "1"], r"obs\['array_row'\] holds 'A1' for spot 'spot0', expected a number"),
+        ("array_col", [0, 2, np.nan, np.nan], r"spot 'spot2' has no obs\['array_col'\] \(2 such spots on tissue\)"),
+    ],
+)
+def test_columns_of_anndata_that_are_not_numbers(tmp_path: Path, table: ad.AnnData, column, cells, said: str) -> None:
+    table.obs[column] = cells
+    table.write_h5ad(tmp_path / "t.h5ad")
+    with pytest.raises(TableError, match=said):
+        preflight(row(tmp_path / "t.h5ad"), (50, 50))
+
+
+def test_columns_of_anndata_that_are_numbers_in_other_words(tmp_path: Path, table: ad.AnnData) -> None:
+    table.obs["in_tissue"] = pd.array([True, False, True, None], dtype="boolean")
+    table.obs["array_row"] = pd.Categorical(["0", "0", "1", "1"])
+    table.obs["array_col"] = [0.0, np.nan, 0.98, 3.0]
+    table.write_h5ad(tmp_path / "t.h5ad")
+    measured = read_measured(row(tmp_path / "t.h5ad"))
+    assert list(measured.barcodes) == ["spot0", "spot2"]
+    np.testing.assert_array_equal([measured.array_row, measured.array_col], [[0, 1], [0, 1]])
+
+
+def test_counts_that_no_integer_holds_are_refused(tmp_path: Path, table: ad.AnnData) -> None:
+    table.X = table.X.toarray().astype(np.float64)
+    table.X[2, 1] = 3e9
+    table.write_h5ad(tmp_path / "t.h5ad")
+    with pytest.raises(TableError, match=r"no raw counts found \(X holds the value 3e\+09, which no spot counts\)"):
+        read_measured(row(tmp_path / "t.h5ad"))
+
+
 def test_anndata_that_cannot_be_used(tmp_path: Path, table: ad.AnnData) -> None:
     path = tmp_path / "t.h5ad"
 

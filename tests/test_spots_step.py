@@ -104,6 +104,19 @@ def test_spots_say_what_they_were_made_from(made: Path, tmp_path: Path) -> None:
     assert provenance["parameters"]["min_tissue_fraction"] == 0.5
 
 
+def test_a_gene_with_two_columns_is_told(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sheet = legacy(tmp_path)
+    spots(made, tmp_path, sheet)
+    assert not caplog.messages
+    header, rest = sheet.expression.read_text().split("\n", 1)
+    first = header.split("\t")[1]
+    sheet.expression.write_text("\n".join(["\t".join(["", first, first, "other"]), rest]))
+    table = spots(made, tmp_path, sheet)
+    assert list(table.var_names) == [first, f"{first}-1", "other"]
+    (said,) = caplog.messages
+    assert "counts.tsv: 1 column(s) have the symbol of a gene that has another column" in said
+
+
 def annotated(folder: Path, text: str) -> SlideRow:
     (folder / "layers.tsv").write_text(text)
     return replace(legacy(folder), annotation=folder / "layers.tsv")

@@ -109,6 +109,12 @@ def evaluate(
     sections = {s.slide_id: s for s in read_measured_sections(folders)}
     slides = slide_table([*sections.values()])
     made = make_folds(slides, folds, k=k, seed=options.seed)
+    if (slides["slide_id"] == slides["patient_id"]).all():
+        log.warning(
+            "each of the %d slides counts as a patient of its own; where some are of one patient, fill patient_id in "
+            "the slide sheet, or the figures leak and look better than they are",
+            len(slides),
+        )
     frozen = baselines.frozen_features(list(sections.values()))
     # Once for all trainings: to load it is to read and digest all its weights.
     encoder = load_token_encoder(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pandas as pd
 from histrata.errors import HistrataError
 from histrata.expression.conformal import bounds, read_intervals, widths_of
 from histrata.expression.metrics import gene_scores, read_evaluation
-from histrata.expression.model import load_model
-from histrata.expression.sections import read_section
+from histrata.expression.model import TrainedModel, load_model
+from histrata.expression.sections import Section, read_section
 from histrata.files import provenance
 from histrata.tables import on_spots, write_table
+
+log = logging.getLogger(__name__)
 
 
 def predict(
@@ -62,6 +65,7 @@ def predict(
     fold = _held_out(section.slide_id, folds) if folds else None
     used = folds / fold if folds and fold else model
     trained = load_model(used, encoder_weights, cache)
+    _tell_seen(section, trained, used)
     var = pd.DataFrame(index=pd.Index(trained.genes, name="gene"))
     if evaluation:
         var = var.join(gene_scores(read_evaluation(evaluation)))
@@ -86,6 +90,21 @@ def predict(
     if fold:
         table.obs["fold"] = pd.Categorical([fold] * table.n_obs)
     write_table(table, out)
+
+
+def _tell_seen(section: Section, model: TrainedModel, folder: Path) -> None:
+    """Warn where a model has seen the patient that it predicts: the prediction looks better than it is."""
+    seen = {**model.config.get("trained_on", {}), **model.config.get("stopped_by", {})}
+    of_patient = sorted(slide for slide, patient in seen.items() if patient == section.patient_id)
+    if of_patient:
+        log.warning(
+            "%s was trained on patient '%s' (slides %s): what it predicts for slide '%s' is no measure of how well it "
+            "does; for a slide that was held out, give the folds of the evaluation",
+            folder,
+            section.patient_id,
+            ", ".join(of_patient[:5]) + (", ..." if of_patient[5:] else ""),
+            section.slide_id,
+        )
 
 
 def _held_out(slide_id: str, folds: Path) -> str | None:

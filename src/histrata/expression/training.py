@@ -153,13 +153,16 @@ class M2OSTOptions:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("levels", "n_genes", "epochs", "batch_size", "processes"):
+        sizes = ("size",) if self.size is not None else ()
+        for name in ("levels", "n_genes", "epochs", "batch_size", "processes", *sizes):
             if getattr(self, name) < 1:
                 raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("seed", "smooth_um", "early_stopping"):
+        if not 0 < self.learning_rate < math.inf:
+            raise HistrataError(f"m2ost.learning_rate is {self.learning_rate}; it must be above 0")
+        for name in ("seed", "smooth_um", "early_stopping", "weight_decay", "clip"):
             if getattr(self, name) < 0:
                 raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be at least 0")
-        for name in ("ema", "warmup"):
+        for name in ("ema", "warmup", "jitter"):
             if not 0 <= getattr(self, name) < 1:
                 raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be a share below 1")
         if self.tokens == "encoder" and not self.encoder:
@@ -170,7 +173,7 @@ class M2OSTOptions:
                 raise HistrataError(f"m2ost.{name} is '{getattr(self, name)}'; choose one of {', '.join(known)}")
         if self.field_um is not None and self.field_um <= 0:
             raise HistrataError(f"m2ost.field_um is {self.field_um}; give the side of the finest windows in um")
-        if any(mpp <= 0 for mpp in self.mpp) or list(self.mpp) != sorted(set(self.mpp)):
+        if not all(0 < mpp < math.inf for mpp in self.mpp) or list(self.mpp) != sorted(set(self.mpp)):
             told = ", ".join(f"{mpp:g}" for mpp in self.mpp)
             raise HistrataError(f"m2ost.mpp is {told}; give um/px above 0, the finest level first, each once")
 

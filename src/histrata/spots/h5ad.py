@@ -78,7 +78,7 @@ def _read_spots(file: h5py.File, row: SlideRow) -> tuple[Spots, NDArray[np.intp]
     obs: pd.DataFrame = read_elem(file["obs"])
     barcodes = obs.index.to_numpy(dtype=np.str_)
     refuse_repeated(barcodes, path, "spot")
-    on_tissue = obs["in_tissue"].astype(float).to_numpy() == 1 if "in_tissue" in obs else np.ones(len(obs), bool)
+    on_tissue = _numbers(obs, "in_tissue", path) == 1 if "in_tissue" in obs else np.ones(len(obs), bool)
     rows = np.flatnonzero(on_tissue)
     if not len(rows):
         raise TableError(f"{path}: none of its {len(obs)} spots is on tissue; correct the column obs['in_tissue']")
@@ -87,8 +87,8 @@ def _read_spots(file: h5py.File, row: SlideRow) -> tuple[Spots, NDArray[np.intp]
     refuse_unplaced(barcodes[rows], xy, path)
     spots = Spots(
         barcodes=barcodes[rows],
-        array_row=obs["array_row"].iloc[rows].to_numpy(np.int64) if "array_row" in obs else None,
-        array_col=obs["array_col"].iloc[rows].to_numpy(np.int64) if "array_col" in obs else None,
+        array_row=_places(obs.iloc[rows], "array_row", path),
+        array_col=_places(obs.iloc[rows], "array_col", path),
         xy=xy,
         diameter_um=row.spot_diameter_um,
         diameter_px=_diameter_px(file),
@@ -101,6 +101,33 @@ def _read_spots(file: h5py.File, row: SlideRow) -> tuple[Spots, NDArray[np.intp]
         notes=notes,
     )
     return spots, rows
+
+
+def _places(obs: pd.DataFrame, column: str, path: Path) -> NDArray[np.int64] | None:
+    """Give the places on the array, None where the table has none; raise TableError where a spot lacks its own."""
+    if column not in obs:
+        return None
+    places = _numbers(obs, column, path)
+    lost = ~np.isfinite(places)
+    if lost.any():
+        raise TableError(
+            f"{path}: spot '{obs.index[lost][0]}' has no obs['{column}'] ({lost.sum()} such spots on tissue); fill it "
+            "in, or remove array_row and array_col, and the spots' centres are taken"
+        )
+    return np.rint(places).astype(np.int64)
+
+
+def _numbers(obs: pd.DataFrame, column: str, path: Path) -> NDArray[np.float64]:
+    """Give a column as numbers, NaN where a cell is empty; raise TableError where it holds something else."""
+    cells = obs[column].astype(object)
+    numbers = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    wrong = np.isnan(numbers) & cells.notna().to_numpy()
+    if wrong.any():
+        raise TableError(
+            f"{path}: obs['{column}'] holds '{cells[wrong].iloc[0]}' for spot '{obs.index[wrong][0]}', expected a "
+            "number; correct the column"
+        )
+    return numbers
 
 
 def _positions(file: h5py.File, obs: pd.DataFrame, path: Path) -> tuple[NDArray[np.float64], tuple[str, ...]]:

@@ -145,6 +145,8 @@ def not_counts(values: NDArray[np.generic]) -> str | None:
         return "a value that is missing or not finite"
     if numbers.size and numbers.min() < 0:
         return f"the negative value {numbers.min():g}"
+    if numbers.size and numbers.max() > np.iinfo(np.int32).max:
+        return f"the value {numbers.max():g}, which no spot counts"
     fraction = numbers[numbers != np.rint(numbers)]
     return f"the value {fraction[0]:g}" if fraction.size else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from histrata.spots.annotation import read_annotation
 from histrata.spots.grid import Arrangement, grid_on_tissue, tissue_fraction
 from histrata.tables import HIRES_PX, spots_table, write_table
 from histrata.tissue import ARTEFACTS, read_artefacts, read_tissue
+
+log = logging.getLogger(__name__)
 
 
 def write_spots(
@@ -73,6 +76,13 @@ def write_spots(
         diameter_um = _diameter(row, measured, pyramid.mpp)
         obs, xy = _measured_obs(measured), measured.xy
         counts, unmatched = sparse.csr_matrix(measured.counts), measured.unmatched
+        if renamed := unmatched["repeated_symbols"]:
+            log.warning(
+                "%s: %d column(s) have the symbol of a gene that has another column; they are kept apart, as "
+                "<symbol>-<id>, or without ids <symbol>-1, and so on",
+                row.expression,
+                renamed,
+            )
         var = pd.DataFrame(index=pd.Index(measured.genes))
         if measured.gene_ids is not None:
             var["gene_ids"] = measured.gene_ids
