@@ -769,6 +769,12 @@ def test_given_folds_that_leak(tmp_path):
     write_folds(splits / "splits_0.csv", "train,test\na,b\n")
     with pytest.raises(HistrataError, match="'val' is missing"):
         make_patient_folds(PATIENTS, given=splits)
+    # As CLAM writes them: whoever of test stood on neither side would be trained on.
+    write_folds(splits / "splits_0.csv", ",train,val,test\n0,a,b,c\n1,d,,\n")
+    with pytest.raises(HistrataError, match="only one side can be held out"):
+        make_patient_folds(PATIENTS, given=splits)
+    write_folds(splits / "splits_0.csv", ",train,val,test\n0,a,b,\n1,d,,\n")
+    assert make_patient_folds(PATIENTS, given=splits)[0].test == ("b",)
     with pytest.raises(HistrataError, match="no such folds"):
         make_patient_folds(PATIENTS, given=tmp_path / "nowhere.tsv")
 
