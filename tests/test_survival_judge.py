@@ -332,6 +332,13 @@ def test_tau_and_horizons_can_be_given_and_are_told():
         pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
+@pytest.mark.parametrize("given", [{"horizons": [-3.0]}, {"horizons": [1.0, np.nan]}, {"tau": 0.0}, {"tau": np.inf}])
+def test_tau_and_horizons_are_times(given):
+    cohort = make_cohort(30, rna=1.0)
+    with pytest.raises(HistrataError, match=f"The {min(given).removesuffix('s')} to evaluate .* above zero"):
+        evaluate_survival(cohort, folds_of(cohort, 2), {"rna": Method(CoxFit(rna=True), draws=False)}, **given)
+
+
 def test_each_model_is_asked_once():
     cohort = make_cohort(60, rna=1.0)
     asked = []

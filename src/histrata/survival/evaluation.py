@@ -161,9 +161,11 @@ def evaluate_survival(
     LeakError
         A fold with one subject on both sides.
     HistrataError
-        A patient held out by two folds, a training set without an observed event, or no seed.
+        A patient held out by two folds, a training set without an observed event, a horizon or tau that is no time
+        above zero, or no seed.
     """
     _check(cohort, folds, seeds)
+    _check_times(horizons or (), tau)
     followed = cohort.followed()
     at = _horizons(followed) if horizons is None else tuple(float(h) for h in horizons)
     judged = {}
@@ -195,6 +197,15 @@ def _check(cohort: Cohort, folds: Sequence[Fold], seeds: Sequence[int]) -> None:
         tested |= set(fold.test)
     if not tested:
         raise HistrataError("There is no fold that holds out a patient; make folds with make_patient_folds.")
+
+
+def _check_times(horizons: Sequence[float], tau: float | None) -> None:
+    for what, value in [*(("horizon", h) for h in horizons), *([] if tau is None else [("tau", tau)])]:
+        if not 0 < value < np.inf:
+            raise HistrataError(
+                f"The {what} to evaluate survival at is {value:g} where a finite time above zero was expected; give it "
+                "in the unit of the patient sheet."
+            )
 
 
 def _horizons(followed: Cohort) -> tuple[float, ...]:
