@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from histrata import cli
 from histrata.cli import app
 from histrata.errors import HistrataError
+from histrata.report.survival import describe_risk
 from histrata.survival import (
     Inputs,
     SurvivalOptions,
@@ -33,6 +34,7 @@ from histrata.survival import (
     train,
 )
 from histrata.survival.bags import Bags
+from histrata.survival.cox import CoxModel
 from histrata.survival.folder import FILES
 from histrata.survival.plan import MODELS
 from histrata.survival.prototypes import PrototypeModel, fit_prototypes
@@ -124,6 +126,35 @@ def test_every_spot_on_tissue_is_told_by_a_model_that_did_not_see_the_patient(in
         assert spots.obs["risk_contribution"].notna().tolist() == [False] + [True] * (SPOTS - 1)
         assert spots.obs["prototype"].dropna().str.match(r"(event|censored) at .* to ").all()
         assert set(spots.obs["fold"]) == {folds[path.stem[1:]]}
+
+
+def test_ridge_cox_tells_of_spots_what_they_add_and_no_prototype(inputs: Inputs, tmp_path: Path) -> None:
+    evaluate(inputs, tmp_path, SurvivalOptions(controls=False, seeds=1, epochs=1), folds=2)
+    model, alone = load_model(tmp_path / "model"), inputs.read().take(["p05"])
+    assert isinstance(model, CoxModel)
+    # The patient without follow-up, of whom the final model tells: what spots add sums to what their mean adds.
+    told = ad.read_h5ad(tmp_path / "spots" / "sp05.h5ad").obs
+    assert set(told["fold"]) == {"final"}
+    assert told["risk_contribution"].notna().tolist() == [False] + [True] * (SPOTS - 1)
+    adds = model.pooling.encode(alone.pool) @ model.coefficients[: len(model.pooling.axes)]
+    assert abs(adds[0]) > 1e-3
+    np.testing.assert_allclose(told["risk_contribution"].sum(), adds[0], atol=1e-6)
+    assert told["prototype"].isna().all()
+    drawn = describe_risk(tmp_path)
+    assert drawn is not None
+    assert len(drawn.figures) == 23
+
+
+def test_embeddings_of_others_are_used_and_not_drawn(inputs: Inputs, tmp_path: Path) -> None:
+    paths = []
+    for path in inputs.embeddings:
+        paths.append(tmp_path / path.parent.name / path.name)
+        paths[-1].parent.mkdir()
+        table = ad.read_h5ad(path)
+        ad.AnnData(table.X, table.obs[["slide_id", "patient_id"]], table.var).write_h5ad(paths[-1])
+    evaluate(replace(inputs, embeddings=paths), tmp_path / "out", FAST, folds=2)
+    assert (tmp_path / "out" / "cohort.h5ad").is_file()
+    assert not list((tmp_path / "out" / "spots").iterdir())
 
 
 def test_training_alone_writes_the_model_of_the_evaluation(inputs: Inputs, out: Path, tmp_path: Path) -> None:
