@@ -243,7 +243,10 @@ def _hold_out(
     if len(models) > 1:
         voices |= {str(seed): model for seed, model in zip(seeds, models, strict=True)}
     common = _common(train, test, fold.name, horizons, horizon(train.time, train.event) if tau is None else tau)
-    return pd.concat([_predict(model, train, test, common, voice, times) for voice, model in voices.items()])
+    try:
+        return pd.concat([_predict(model, train, test, common, voice, times) for voice, model in voices.items()])
+    except HistrataError as error:
+        raise type(error)(f"The method '{name}' cannot be judged on fold '{fold.name}': {error}") from error
 
 
 class _Remembering:
@@ -308,8 +311,9 @@ def _predict(
     if not np.isfinite(risk).all():
         patient = test.patients.index[~np.isfinite(risk)][0]
         raise HistrataError(
-            f"The model gave patient '{patient}' ({int((~np.isfinite(risk)).sum())} such patient(s)) a risk that is no "
-            "finite number; a model must answer for every patient, also where a modality is missing."
+            f"it gave patient '{patient}' ({int((~np.isfinite(risk)).sum())} such patient(s)) a risk that is no finite "
+            "number; look for covariates, RNA or instances of that patient far beyond those of the others, or lower "
+            "the learning rate."
         )
     tau = float(common["tau"].iloc[0])
     horizons = [float(common[c].iloc[0]) for c in map(str, common) if c.startswith("horizon_")]
