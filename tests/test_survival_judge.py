@@ -462,6 +462,18 @@ def test_basic_covariates_are_found_by_their_names():
     assert (extra["attention_mil"].kind, extra["attention_mil"].draws) == ("baseline", True)
 
 
+def test_covariates_without_age_and_sex_by_name_are_told(caplog):
+    caplog.set_level("INFO")
+    cohort = make_cohort(30)
+    baseline_methods(cohort)
+    assert "basic_covariates is of age, sex" in caplog.text
+    assert "left out" not in caplog.text
+    patients = cohort.patients.rename(columns={"age": "Alter", "sex": "Geschlecht"})
+    named = replace(cohort, patients=patients, covariates=("Alter", "Geschlecht", "stage"))
+    assert "basic_covariates" not in baseline_methods(named)
+    assert "(Alter, Geschlecht, stage) is named as age or sex usually are" in caplog.text
+
+
 class Memory:
     """Knows the outcome of the patients that it was trained on and nothing of others."""
 
