@@ -145,7 +145,9 @@ def test_ridge_cox_tells_of_spots_what_they_add_and_no_prototype(inputs: Inputs,
     assert len(drawn.figures) == 23
 
 
-def test_embeddings_of_others_are_used_and_not_drawn(inputs: Inputs, tmp_path: Path) -> None:
+def test_embeddings_of_others_are_used_and_not_drawn(
+    inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     paths = []
     for path in inputs.embeddings:
         paths.append(tmp_path / path.parent.name / path.name)
@@ -155,6 +157,7 @@ def test_embeddings_of_others_are_used_and_not_drawn(inputs: Inputs, tmp_path: P
     evaluate(replace(inputs, embeddings=paths), tmp_path / "out", FAST, folds=2)
     assert (tmp_path / "out" / "cohort.h5ad").is_file()
     assert not list((tmp_path / "out" / "spots").iterdir())
+    assert "23 slide(s) were not embedded by Histrata" in caplog.text
 
 
 def test_training_alone_writes_the_model_of_the_evaluation(inputs: Inputs, out: Path, tmp_path: Path) -> None:

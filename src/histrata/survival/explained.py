@@ -37,11 +37,8 @@ class Explained:
         drawn = "path" in cohort.slides and cohort.bags is not None
         self.slides = cohort.slides[cohort.slides["path"].map(_is_embedding)] if drawn else cohort.slides[:0]
         self.found: dict[str, tuple[Path, pd.DataFrame, str]] = {}
-        if drawn and len(self.slides) < len(cohort.slides):
-            log.info(
-                "%d of %d slides were not embedded by Histrata; no risk is told of their instances.",
-                len(cohort.slides) - len(self.slides), len(cohort.slides),
-            )  # fmt: skip
+        if drawn and (others := int(cohort.slides["path"].map(_is_named_so).sum()) - len(self.slides)):
+            log.warning("%d slide(s) were not embedded by Histrata; no risk is told of their instances.", others)
 
     def __call__(self, method: str, fold: str, models: Sequence[SurvivalModel], patients: Sequence[str]) -> None:
         """Look at the slides of these patients with the models of one fold."""
@@ -78,9 +75,13 @@ class Explained:
             write_spots(embedding, found, folder / f"{slide}.h5ad", fold, provenance)
 
 
+def _is_named_so(path: Any) -> bool:
+    return Path(path).name == "embedding.h5ad"
+
+
 def _is_embedding(path: Any) -> bool:
     """Say whether these are instances of a slide with places to draw them at, and not ready-made ones."""
-    if Path(path).name != "embedding.h5ad":
+    if not _is_named_so(path):
         return False
     with h5py.File(path) as file:
         return "uns/histrata" in file
