@@ -148,6 +148,7 @@ def test_patients_that_share_an_image_are_one_subject(tmp_path):
         (lambda s: s.assign(age=["NA", *s["age"][1:]]), "'age' = 'NA' for patient 'p00'"),
         (lambda s: s.drop(columns="event"), "no column 'event'"),
         (lambda s: s.assign(risk=1), "rename it"),
+        (lambda s: s.assign(_index=1), "rename it"),
     ],
 )
 def test_bad_patient_sheets(inputs, change, says):

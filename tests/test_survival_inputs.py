@@ -455,6 +455,15 @@ def test_rna_is_joined_by_id_in_whatever_form_and_order(tmp_path, caplog):
     np.testing.assert_array_equal(first.take(["p3"]).rna[0], first.rna[3])
 
 
+def test_counts_that_are_no_logarithms_are_told(tmp_path, caplog):
+    table = pd.DataFrame([[0.0, 15.9], [-9.97, 3.0]], index=["p1", "p2"], columns=["A", "B"])
+    for scale in (1, 100):
+        (table * scale).to_csv(tmp_path / "rna.csv")
+        caplog.clear()
+        np.testing.assert_allclose(read_rna(tmp_path / "rna.csv"), table * scale, rtol=1e-6)
+        assert ("no logarithm" in caplog.text) == (scale == 100)
+
+
 def test_equal_twins_are_one_and_others_are_refused(tmp_path, caplog):
     table = rna_of(["a", "b", "c"])
     table.iloc[2] = np.nan

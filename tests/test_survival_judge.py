@@ -332,6 +332,13 @@ def test_tau_and_horizons_can_be_given_and_are_told():
         pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
+@pytest.mark.parametrize("given", [{"horizons": [-3.0]}, {"horizons": [1.0, np.nan]}, {"tau": 0.0}, {"tau": np.inf}])
+def test_tau_and_horizons_are_times(given):
+    cohort = make_cohort(30, rna=1.0)
+    with pytest.raises(HistrataError, match=f"The {min(given).removesuffix('s')} to evaluate .* above zero"):
+        evaluate_survival(cohort, folds_of(cohort, 2), {"rna": Method(CoxFit(rna=True), draws=False)}, **given)
+
+
 def test_each_model_is_asked_once():
     cohort = make_cohort(60, rna=1.0)
     asked = []
@@ -413,7 +420,7 @@ def test_a_model_that_does_not_answer_is_named():
         def risk(self, cohort):
             return np.full(len(cohort), np.nan)
 
-    with pytest.raises(HistrataError, match="no finite number"):
+    with pytest.raises(HistrataError, match=r"'silent' .* on fold 'fold-1': it gave .* no finite number"):
         evaluate_survival(cohort, folds_of(cohort, 2), {"silent": Method(lambda _, seed: Silent(seed))}, seeds=(0,))
 
 
@@ -453,6 +460,18 @@ def test_basic_covariates_are_found_by_their_names():
         baseline_methods(cohort, basic=("grade",))
     extra = baseline_methods(only, more={"attention_mil": lambda _, seed: Noisy(seed)})
     assert (extra["attention_mil"].kind, extra["attention_mil"].draws) == ("baseline", True)
+
+
+def test_covariates_without_age_and_sex_by_name_are_told(caplog):
+    caplog.set_level("INFO")
+    cohort = make_cohort(30)
+    baseline_methods(cohort)
+    assert "basic_covariates is of age, sex" in caplog.text
+    assert "left out" not in caplog.text
+    patients = cohort.patients.rename(columns={"age": "Alter", "sex": "Geschlecht"})
+    named = replace(cohort, patients=patients, covariates=("Alter", "Geschlecht", "stage"))
+    assert "basic_covariates" not in baseline_methods(named)
+    assert "(Alter, Geschlecht, stage) is named as age or sex usually are" in caplog.text
 
 
 class Memory:
@@ -769,6 +788,12 @@ def test_given_folds_that_leak(tmp_path):
     write_folds(splits / "splits_0.csv", "train,test\na,b\n")
     with pytest.raises(HistrataError, match="'val' is missing"):
         make_patient_folds(PATIENTS, given=splits)
+    # As CLAM writes them: whoever of test stood on neither side would be trained on.
+    write_folds(splits / "splits_0.csv", ",train,val,test\n0,a,b,c\n1,d,,\n")
+    with pytest.raises(HistrataError, match="only one side can be held out"):
+        make_patient_folds(PATIENTS, given=splits)
+    write_folds(splits / "splits_0.csv", ",train,val,test\n0,a,b,\n1,d,,\n")
+    assert make_patient_folds(PATIENTS, given=splits)[0].test == ("b",)
     with pytest.raises(HistrataError, match="no such folds"):
         make_patient_folds(PATIENTS, given=tmp_path / "nowhere.tsv")
 

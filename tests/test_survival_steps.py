@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from histrata import cli
 from histrata.cli import app
 from histrata.errors import HistrataError
+from histrata.report.survival import describe_risk
 from histrata.survival import (
     Inputs,
     SurvivalOptions,
@@ -33,6 +34,7 @@ from histrata.survival import (
     train,
 )
 from histrata.survival.bags import Bags
+from histrata.survival.cox import CoxModel
 from histrata.survival.folder import FILES
 from histrata.survival.plan import MODELS
 from histrata.survival.prototypes import PrototypeModel, fit_prototypes
@@ -126,6 +128,38 @@ def test_every_spot_on_tissue_is_told_by_a_model_that_did_not_see_the_patient(in
         assert set(spots.obs["fold"]) == {folds[path.stem[1:]]}
 
 
+def test_ridge_cox_tells_of_spots_what_they_add_and_no_prototype(inputs: Inputs, tmp_path: Path) -> None:
+    evaluate(inputs, tmp_path, SurvivalOptions(controls=False, seeds=1, epochs=1), folds=2)
+    model, alone = load_model(tmp_path / "model"), inputs.read().take(["p05"])
+    assert isinstance(model, CoxModel)
+    # The patient without follow-up, of whom the final model tells: what spots add sums to what their mean adds.
+    told = ad.read_h5ad(tmp_path / "spots" / "sp05.h5ad").obs
+    assert set(told["fold"]) == {"final"}
+    assert told["risk_contribution"].notna().tolist() == [False] + [True] * (SPOTS - 1)
+    adds = model.pooling.encode(alone.pool) @ model.coefficients[: len(model.pooling.axes)]
+    assert abs(adds[0]) > 1e-3
+    np.testing.assert_allclose(told["risk_contribution"].sum(), adds[0], atol=1e-6)
+    assert told["prototype"].isna().all()
+    drawn = describe_risk(tmp_path)
+    assert drawn is not None
+    assert len(drawn.figures) == 23
+
+
+def test_embeddings_of_others_are_used_and_not_drawn(
+    inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = []
+    for path in inputs.embeddings:
+        paths.append(tmp_path / path.parent.name / path.name)
+        paths[-1].parent.mkdir()
+        table = ad.read_h5ad(path)
+        ad.AnnData(table.X, table.obs[["slide_id", "patient_id"]], table.var).write_h5ad(paths[-1])
+    evaluate(replace(inputs, embeddings=paths), tmp_path / "out", FAST, folds=2)
+    assert (tmp_path / "out" / "cohort.h5ad").is_file()
+    assert not list((tmp_path / "out" / "spots").iterdir())
+    assert "23 slide(s) were not embedded by Histrata" in caplog.text
+
+
 def test_training_alone_writes_the_model_of_the_evaluation(inputs: Inputs, out: Path, tmp_path: Path) -> None:
     files = ["card.md", "config.json", *(f"seed-{i}/{name}" for i in range(2) for name in FILES)]
     assert {str(p.relative_to(out / "model")) for p in (out / "model").rglob("*.*")} == set(files)
@@ -156,7 +190,10 @@ def test_new_patients_are_predicted_from_what_is_known(
         model, cohort = load_model(out / "model"), inputs.read()
         np.testing.assert_allclose(table["risk"], model.risk(cohort), atol=1e-5)
     if not known:
+        # Nobody in training was without both: it is the risk of the mean training patient, in each network and so in
+        # the mean of their standardised risks, and not what a network makes of what it never saw.
         assert table["risk"].nunique() == 1
+        assert abs(table["risk"].iloc[0]) < 0.1
     card = (out / "model" / "card.md").read_text()
     assert "`pibd`, mean of 2 seeds" in card
     assert "| pibd | harrell_c |" in card

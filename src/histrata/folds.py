@@ -260,6 +260,11 @@ def _split_files(folder: Path, subject_of: Mapping[str, str]) -> dict[str, list[
         absent = [column for column in ("train", "val") if column not in table]
         if absent:
             raise HistrataError(f"{file}: column '{absent[0]}' is missing; a split has the columns train and val")
+        if "test" in table and table["test"].str.strip().any():
+            raise HistrataError(
+                f"{file}: found the columns train, val and test, and only one side can be held out; where it is test, "
+                "add the patients of val to train and rename test to val, else remove test"
+            )
         train, held = ([name for name in table[side].str.strip() if name] for side in ("train", "val"))
         both = sorted(set(train) & set(held))
         if both:

@@ -9,7 +9,7 @@ import h5py
 import pandas as pd
 
 from histrata.errors import TableError
-from histrata.report.figures import read_picture
+from histrata.report.figures import Values, read_picture
 from histrata.report.parts import Figure, Part, read_tsv
 from histrata.report.slides import draw_panels
 from histrata.report.summary import read_summary, summary_table
@@ -81,8 +81,8 @@ def describe_risk(folder: Path) -> Part | None:
     if not drawn:
         return None
     told = (
-        "What each spot adds to its patient's predicted risk, and the prototype that it is most like. Each patient's "
-        "spots are those of the model that did not see the patient, where there is one."
+        "What each spot adds to its patient's predicted risk and, where the model has prototypes, the one that it is "
+        "most like. Each patient's spots are those of the model that did not see the patient, where there is one."
     )
     return Part([told], figures=drawn)
 
@@ -95,10 +95,10 @@ def _draw_risk(path: Path) -> Figure | None:
     seen = table.obs["risk_contribution"].notna().to_numpy()
     if not seen.any():
         return None
-    panels = {
-        "adds to the risk": table.obs["risk_contribution"].to_numpy()[seen],
-        "prototype": pd.Categorical(table.obs["prototype"][seen]).remove_unused_categories(),
-    }
+    panels: dict[str, Values] = {"adds to the risk": table.obs["risk_contribution"].to_numpy()[seen]}
+    prototypes = pd.Categorical(table.obs["prototype"][seen]).remove_unused_categories()
+    if len(prototypes.categories):
+        panels["prototype"] = prototypes
     fold = str(table.obs["fold"].iloc[0])
     whose = "the final model" if fold == "final" else f"the model of fold {fold}"
     picture = draw_panels(path.stem, table, seen, panels)

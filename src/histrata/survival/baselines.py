@@ -68,8 +68,14 @@ def baseline_methods(
             f"The basic covariate '{unknown[0]}' is none of the covariates {', '.join(cohort.covariates) or '(none)'}; "
             "name columns of the patient sheet that are used as covariates."
         )
+    if basic is None and cohort.covariates and not few:
+        log.warning(
+            "None of the covariates (%s) is named as age or sex usually are, and the baseline basic_covariates is left "
+            "out; name the columns of both as basic_covariates.", ", ".join(cohort.covariates[:5]),
+        )  # fmt: skip
     found: dict[str, Fit] = {"constant": fit}
     if few and set(few) < set(cohort.covariates):
+        log.info("The baseline basic_covariates is of %s.", ", ".join(few))
         found["basic_covariates"] = replace(fit, covariates=few)
     parts: dict[str, Fit] = {}
     if cohort.covariates:

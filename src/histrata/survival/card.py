@@ -48,7 +48,8 @@ def write_card(followed: Cohort, main: str, seeds: int, figures: pd.DataFrame | 
             "",
             "- The figures come from cross-validation within this cohort; other hospitals, scanners and "
             "stains were not tried unless the cohort has them.",
-            "- A patient who lacks a modality is judged by the others; who lacks all gets the risk of nobody known.",
+            "- A patient who lacks a modality is judged by the others; who lacks all gets "
+            "the mean risk of the training patients, unless some of those lacked all, too.",
             "- With few events the intervals are wide; a model whose interval holds that of the constant "
             "predictor (0.5 for the c-indices) has shown nothing.",
             "",

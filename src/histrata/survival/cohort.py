@@ -22,8 +22,9 @@ from histrata.survival.text import tell
 
 log = logging.getLogger(__name__)
 
-# Columns that cohort.h5ad writes itself; a covariate of the same name would overwrite one of them.
-RESERVED = ("subject_id", "n_slides", "n_spots", "has_rna", "followed", "fold", "risk", "risk_group")
+# Columns that cohort.h5ad writes itself; a covariate of the same name would overwrite one of them. AnnData keeps the
+# last for itself.
+RESERVED = ("subject_id", "n_slides", "n_spots", "has_rna", "followed", "fold", "risk", "risk_group", "_index")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from histrata.survival.text import tell
 Array = NDArray[np.float64]
 NOT_KNOWN = "not known"
 FORMAT = "histrata-mean-pool-cox-1"
+_CHUNK = 8192
 _STAGE = re.compile(r"(?:stage\s*)?(0|iv|i{1,3})(?:[a-d]\d?)?", re.IGNORECASE)
 _STAGES = {"0": 0.0, "i": 1.0, "ii": 2.0, "iii": 3.0, "iv": 4.0}
 
@@ -213,6 +214,29 @@ class CoxModel:
         last = np.searchsorted(self.event_times, np.asarray(times, np.float64), side="right")
         base = np.concatenate([[1.0], self.baseline])[last]
         return base[None, :] ** np.exp(np.clip(self.risk(cohort), -50, 50))[:, None]
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Features of an instance that the model reads; empty where it reads no instances."""
+        return self.pooling.features
+
+    def explain(self, instances: Any) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return of each instance of a bag what it adds to the log hazard, float32 (n,), and -1 for its prototype.
+
+        The log hazard is linear in the mean instance: what instances add sums to what their mean adds, compared with
+        the mean training patient.
+        """
+        pooling = self.pooling
+        slope = (self.coefficients[: len(pooling.axes)] @ pooling.axes) / pooling.scale
+        told = [np.zeros(0)]
+        for start in range(0, len(instances), _CHUNK):
+            x = np.asarray(instances[start : start + _CHUNK], np.float64)
+            told.append((x - pooling.mean) @ slope / len(instances))
+        contribution = np.concatenate(told).astype(np.float32)
+        return contribution, np.full(len(contribution), -1, np.int64)
+
+    def name_prototype(self, _index: int) -> None:
+        """Name no prototype: there are none."""
 
 
 @dataclass(frozen=True)

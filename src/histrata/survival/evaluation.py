@@ -161,9 +161,11 @@ def evaluate_survival(
     LeakError
         A fold with one subject on both sides.
     HistrataError
-        A patient held out by two folds, a training set without an observed event, or no seed.
+        A patient held out by two folds, a training set without an observed event, a horizon or tau that is no time
+        above zero, or no seed.
     """
     _check(cohort, folds, seeds)
+    _check_times(horizons or (), tau)
     followed = cohort.followed()
     at = _horizons(followed) if horizons is None else tuple(float(h) for h in horizons)
     judged = {}
@@ -195,6 +197,15 @@ def _check(cohort: Cohort, folds: Sequence[Fold], seeds: Sequence[int]) -> None:
         tested |= set(fold.test)
     if not tested:
         raise HistrataError("There is no fold that holds out a patient; make folds with make_patient_folds.")
+
+
+def _check_times(horizons: Sequence[float], tau: float | None) -> None:
+    for what, value in [*(("horizon", h) for h in horizons), *([] if tau is None else [("tau", tau)])]:
+        if not 0 < value < np.inf:
+            raise HistrataError(
+                f"The {what} to evaluate survival at is {value:g} where a finite time above zero was expected; give it "
+                "in the unit of the patient sheet."
+            )
 
 
 def _horizons(followed: Cohort) -> tuple[float, ...]:
@@ -232,7 +243,10 @@ def _hold_out(
     if len(models) > 1:
         voices |= {str(seed): model for seed, model in zip(seeds, models, strict=True)}
     common = _common(train, test, fold.name, horizons, horizon(train.time, train.event) if tau is None else tau)
-    return pd.concat([_predict(model, train, test, common, voice, times) for voice, model in voices.items()])
+    try:
+        return pd.concat([_predict(model, train, test, common, voice, times) for voice, model in voices.items()])
+    except HistrataError as error:
+        raise type(error)(f"The method '{name}' cannot be judged on fold '{fold.name}': {error}") from error
 
 
 class _Remembering:
@@ -297,8 +311,9 @@ def _predict(
     if not np.isfinite(risk).all():
         patient = test.patients.index[~np.isfinite(risk)][0]
         raise HistrataError(
-            f"The model gave patient '{patient}' ({int((~np.isfinite(risk)).sum())} such patient(s)) a risk that is no "
-            "finite number; a model must answer for every patient, also where a modality is missing."
+            f"it gave patient '{patient}' ({int((~np.isfinite(risk)).sum())} such patient(s)) a risk that is no finite "
+            "number; look for covariates, RNA or instances of that patient far beyond those of the others, or lower "
+            "the learning rate."
         )
     tau = float(common["tau"].iloc[0])
     horizons = [float(common[c].iloc[0]) for c in map(str, common) if c.startswith("horizon_")]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pandas as pd
 
 from histrata.survival.cohort import Cohort
+from histrata.survival.cox import CoxModel
 from histrata.survival.fitting import SurvivalModel
 from histrata.survival.instance_files import spots_of
 from histrata.survival.methods import Ensemble
 from histrata.survival.prototypes import PrototypeModel
 from histrata.survival.spots import write_spots
 from histrata.survival.training import NetworkModel
+
+log = logging.getLogger(__name__)
 
 
 class Explained:
@@ -32,10 +37,12 @@ class Explained:
         drawn = "path" in cohort.slides and cohort.bags is not None
         self.slides = cohort.slides[cohort.slides["path"].map(_is_embedding)] if drawn else cohort.slides[:0]
         self.found: dict[str, tuple[Path, pd.DataFrame, str]] = {}
+        if drawn and (others := int(cohort.slides["path"].map(_is_named_so).sum()) - len(self.slides)):
+            log.warning("%d slide(s) were not embedded by Histrata; no risk is told of their instances.", others)
 
     def __call__(self, method: str, fold: str, models: Sequence[SurvivalModel], patients: Sequence[str]) -> None:
         """Look at the slides of these patients with the models of one fold."""
-        telling = [m for m in models if isinstance(m, (NetworkModel, PrototypeModel)) and m.features]
+        telling = [m for m in models if isinstance(m, (NetworkModel, PrototypeModel, CoxModel)) and m.features]
         if method != self.main or not telling or self.cohort.bags is None:
             return
         asked = self.slides[self.slides["patient_id"].isin(patients)]
@@ -68,5 +75,13 @@ class Explained:
             write_spots(embedding, found, folder / f"{slide}.h5ad", fold, provenance)
 
 
-def _is_embedding(path: Any) -> bool:
+def _is_named_so(path: Any) -> bool:
     return Path(path).name == "embedding.h5ad"
+
+
+def _is_embedding(path: Any) -> bool:
+    """Say whether these are instances of a slide with places to draw them at, and not ready-made ones."""
+    if not _is_named_so(path):
+        return False
+    with h5py.File(path) as file:
+        return "uns/histrata" in file

@@ -21,6 +21,9 @@ from histrata.survival.text import read_lines, separator, tell
 
 log = logging.getLogger(__name__)
 
+# log2 of the largest counts that are seen is about 25.
+_NO_LOGARITHM = 100.0
+
 PREDICTED = "predicted"
 """What stands for the expression that M2OST predicted, where a path to RNA may stand."""
 
@@ -36,7 +39,8 @@ def read_rna(path: Path) -> pd.DataFrame:
 
     Returns
     -------
-    float32 (patients, genes), index `patient_id`; in any unit, as it is in the file.
+    float32 (patients, genes), index `patient_id`; in any unit, as it is in the file. Values that are no logarithms, by
+    their size, are told in the log.
 
     Raises
     ------
@@ -48,7 +52,13 @@ def read_rna(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise TableError(f"{path}: no such file of RNA; correct the path.")
     table = _read_h5ad(path) if path.suffix.lower() == ".h5ad" else _read_text(path)
-    return tidy_rna(table, str(path))
+    tidy = tidy_rna(table, str(path))
+    if (largest := float(tidy.to_numpy().max(initial=0.0))) > _NO_LOGARITHM:
+        log.warning(
+            "%s holds values up to %.4g, as counts do that no logarithm was taken of, and is used as it is; single "
+            "patients may weigh more than all others: give logarithms, such as log2(TPM + 1).", path, largest,
+        )  # fmt: skip
+    return tidy
 
 
 def tidy_rna(table: pd.DataFrame, source: str) -> pd.DataFrame:

@@ -105,6 +105,9 @@ class NetworkModel:
         Of a Cox head: event times, and cumulative baseline hazard from each on, float64 (2, m); else (2, 0).
     cut
         Median risk of the training patients.
+    unknown
+        float64 (outputs,): logits of a patient of whom nothing is known, the mean over the training patients; the
+        network would only guess at what it was never shown. Empty where it was: there, some had nothing.
     """
 
     network: SurvivalNetwork
@@ -114,6 +117,7 @@ class NetworkModel:
     genes: tuple[str, ...]
     baseline: Array
     cut: float = 0.0
+    unknown: Array = field(default_factory=lambda: np.zeros(0))
 
     def risk(self, cohort: Cohort) -> Array:
         """Return what orders the patients, float64 (patients,): higher is worse."""
@@ -184,7 +188,16 @@ class NetworkModel:
         embeddings = [out.embedding.double().cpu().numpy()[0] for out in outputs]
         shape = self.network.config
         width = 1 if shape.head == "cox" else shape.n_bins
-        return np.array(logits).reshape(-1, width), np.array(embeddings).reshape(-1, shape.dim)
+        told = np.array(logits).reshape(-1, width)
+        if len(self.unknown):
+            told[~self.knows(cohort)] = self.unknown
+        return told, np.array(embeddings).reshape(-1, shape.dim)
+
+    def knows(self, cohort: Cohort) -> NDArray[np.bool_]:
+        """Return of whom there is anything that the network reads, bool (patients,)."""
+        bags, rna = self._bags(cohort), self._rna(cohort)
+        known = np.zeros(len(cohort), bool) if bags is None else bags.counts > 0
+        return known if rna is None else known | rna.isfinite().any(dim=1).numpy()
 
     def _bags(self, cohort: Cohort) -> Bags | None:
         if cohort.bags is None or not self.features:
@@ -375,13 +388,15 @@ def _finish(model: NetworkModel, train: Cohort) -> NetworkModel:
     model.network.rate(outputs, torch.from_numpy(model._risk(logits)))
     if model.network.config.head == "cox":
         model = replace(model, baseline=np.stack(breslow(np.clip(logits[:, 0], -50, 50), train.time, train.event)))
-    return replace(model, cut=float(np.median(model._risk(logits))))
+    unknown = logits.mean(axis=0) if model.knows(train).all() else np.zeros(0)
+    return replace(model, cut=float(np.median(model._risk(logits))), unknown=unknown)
 
 
 def save_network(model: NetworkModel, folder: Path, config: Mapping[str, Any] | None = None) -> None:
     """Write `folder` with config.json (what the model needs, and `config` beside it) and model.safetensors."""
     tensors = {f"network.{name}": value.contiguous() for name, value in model.network.state_dict().items()}
-    tensors |= {"edges": torch.from_numpy(model.bins.edges), "baseline": torch.from_numpy(model.baseline)}
+    tensors |= {name: torch.from_numpy(getattr(model, name)) for name in ("baseline", "unknown")}
+    tensors["edges"] = torch.from_numpy(model.bins.edges)
     content = {
         "format": FORMAT,
         "model": model.model,
@@ -409,6 +424,8 @@ def load_network(folder: Path) -> NetworkModel:
     config = read_config(folder, FORMAT)
     tensors = load_file(folder / "model.safetensors")
     bins, baseline = Bins(tensors.pop("edges").numpy()), tensors.pop("baseline").numpy()
+    # Models of before it was kept have none.
+    unknown = tensors.pop("unknown", torch.zeros(0)).double().numpy()
     network: Any = create_model(config["model"], **config["architecture"])
     try:
         network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
@@ -416,5 +433,5 @@ def load_network(folder: Path) -> NetworkModel:
         raise HistrataError(
             f"{folder}/model.safetensors does not hold the weights that its config.json describes; train it again."
         ) from error
-    features, genes = tuple(config["features"]), tuple(config["genes"])
-    return NetworkModel(network.eval(), config["model"], bins, features, genes, baseline, float(config["cut"]))
+    features, genes, cut = tuple(config["features"]), tuple(config["genes"]), float(config["cut"])
+    return NetworkModel(network.eval(), config["model"], bins, features, genes, baseline, cut, unknown)
