@@ -87,6 +87,9 @@ from histrata.survival.networks import (
     seeded,
 )
 
+TOLD_AT_START = 0.02
+"""Standard deviation of the weights by which similarities add to the logits, before anything is learned."""
+
 _CHOICES = {
     "head": HEADS,
     "pathway_encoder": ("shared", "own"),
@@ -336,6 +339,8 @@ class Bottleneck(nn.Module):
         self.telling = config.select == "telling"
         if self.telling:
             self.told = nn.Linear(config.n_prototypes, 1 if config.head == "cox" else config.n_bins, bias=False)
+            # Near zero, since what is drawn here stays with the kinds of instances that the outcome says nothing of.
+            nn.init.normal_(self.told.weight, std=TOLD_AT_START)
 
     @property
     def variance(self) -> Tensor:
