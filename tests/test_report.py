@@ -280,6 +280,14 @@ def test_the_verdict_says_where_the_model_is_above(page: str) -> None:
     assert "No controls were run" in said
 
 
+def test_one_slide_a_patient_is_said_and_two_are_not(results: Path, page: str) -> None:
+    told = "Each patient has one slide. Where slides are sections of one patient"
+    assert told in _words(_part(page, "expression"))
+    evaluation = _evaluation({"constant": 0.0, "m2ost": 0.5})
+    _write_evaluation(results, pd.concat([evaluation, evaluation.assign(slide=evaluation["slide"] + "-2")]))
+    assert told not in _words(_part(_page(results), "expression"))
+
+
 def test_a_difference_that_may_be_chance_is_said(results: Path) -> None:
     evaluation = _evaluation({"constant": 0.0, "colour_ridge": 0.4, "m2ost": 0.5})
     evaluation.loc[(evaluation["method"] == "m2ost") & (evaluation["patient"] == "p0"), "pearson"] = 0.25

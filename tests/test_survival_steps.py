@@ -331,12 +331,12 @@ def test_the_network_of_the_mean_stands_beside_the_baseline_of_that_name(inputs:
 
 
 @pytest.mark.parametrize("model", ["prototypes", "mean_mil", "attention_mil"])
-def test_without_instances_ridge_cox_takes_the_place(
-    inputs: Inputs, model: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_has_nothing_to_read_is_refused(inputs: Inputs, model: str) -> None:
     cohort = replace(inputs, embeddings=()).read()
-    assert fit_main(cohort, replace(FAST, model=model))[1] == "cox"
-    assert f"{model} has no instances to read; ridge Cox is fitted in its place" in caplog.text
+    for refuse in (fit_main, plan_methods):
+        with pytest.raises(HistrataError, match=f"survival.model is {model}, and there is nothing .*--model cox"):
+            refuse(cohort, replace(FAST, model=model))
+    assert fit_main(cohort, replace(FAST, model="cox"))[1] == "cox"
 
 
 def test_models_of_the_schema_and_of_the_command_are_those_there_are() -> None:

@@ -37,6 +37,12 @@ def describe_expression(results: Path, evaluation: pd.DataFrame | None) -> Part:
     honest, leaky = summary[summary["kind"] != "leaky"], summary[summary["kind"] == "leaky"]
     patients = _of_patients(evaluation)
     part = Part(notes=list(_verdict(honest, differences, patients)))
+    of_slides = evaluation.groupby("patient")["slide"].nunique()
+    if len(of_slides) > 1 and of_slides.max() == 1:
+        part.notes.append(
+            "Each patient has one slide. Where slides are sections of one patient and `patient_id` does not say so, "
+            "these figures are not those of new patients: name the patients in the slide sheet and evaluate again."
+        )
     for metric, title in _DRAWN.items():
         bars = _bars(honest[honest["metric"] == metric], patients[metric], in_order(honest))
         said = "; ".join(f"{bar.label} {figure(bar.mean)}" for bar in bars)

@@ -119,7 +119,7 @@ def plan_methods(cohort: Cohort, options: SurvivalOptions) -> Plan:
     Raises
     ------
     HistrataError
-        There is nothing to predict from, or a basic covariate that the cohort lacks.
+        There is nothing to predict from, or not what the model reads, or a basic covariate that the cohort lacks.
     """
     main, fit, uses = _main(cohort, options)
     more: dict[str, Fit] = {}
@@ -169,15 +169,18 @@ def _main(cohort: Cohort, options: SurvivalOptions) -> tuple[str, Fit, tuple[str
         network = network_method(options.training(options.model))
         fit = _fit_prototypes(options) if options.model == PROTOTYPES else network
         return options.model, fit, uses
+    if options.model != COX:
+        lacks = "instances" if alone else "instances, or RNA with gene sets"
+        raise HistrataError(
+            f"survival.model is {options.model}, and there is nothing for it to read: give {lacks}; "
+            "or fit ridge Cox to what there is (survival.model: cox, --model cox)."
+        )
     known = {"bags": bool(cohort.features), "rna": cohort.rna is not None, "covariates": bool(cohort.covariates)}
     if not any(known.values()):
         raise HistrataError(
             "There are neither embeddings, instances, RNA nor covariates to predict survival from; "
             "give the embedding.h5ad of the slides, or add covariates to the patient sheet."
         )
-    if options.model != COX:
-        lacks = "no instances" if alone else "neither instances nor RNA with gene sets"
-        log.warning("%s has %s to read; ridge Cox is fitted in its place.", options.model, lacks)
     fit = CoxFit(
         pool=known["bags"],
         rna=known["rna"],
