@@ -353,7 +353,14 @@ class Bottleneck(nn.Module):
 
     def tell(self, cosine: Tensor) -> Tensor:
         """Return what cosines (..., P) add to the risk, (...): of hazards, the mean over the logits of the bins."""
-        return cosine @ self.told.weight.mean(dim=0)
+        return self.add(cosine).mean(dim=-1)
+
+    def add(self, similarity: Tensor) -> Tensor:
+        """Return what similarities (..., P) add to the logits, (..., outputs).
+
+        On the scale of the assignments: the means of bags differ by few hundredths, too few for a map of them to learn.
+        """
+        return self.told(similarity / self.temperature)
 
     def score(self, cosine: Tensor, mean: Tensor) -> Tensor:
         """Return by what tokens are selected, (...), from their cosines (..., P) and the mean of those (..., P)."""
@@ -544,7 +551,7 @@ class PIBD(SurvivalNetwork):
             bottleneck: Any = self.bottlenecks[name]
             near, selected, mask = bottleneck(*modality)
             if bottleneck.telling:
-                told.append(torch.where(there[:, None], bottleneck.told(near), 0.0))
+                told.append(torch.where(there[:, None], bottleneck.add(near), 0.0))
             weights, mean, variance = bottleneck.infer(near)
             precision = precision + torch.where(there[:, None], 1 / variance, 0.0)
             weighted = weighted + torch.where(there[:, None], mean / variance, 0.0)

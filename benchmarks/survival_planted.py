@@ -1,0 +1,92 @@
+"""What PIBD finds of what was planted in cohorts of `histrata demo-data --survival`: one half learns, the other is asked.
+
+Prints a JSON line for each seed, and their mean, least and most. Harrell's c of the model as it comes with both
+modalities, with `bags` or with `rna` alone, and of the risk of the prototypes that bags are assigned to (`prototypes`);
+`precision`, the share of planted instances among the selected, as many as were planted in each patient, beside `chance`,
+their share of all instances; and the share of `aggressive` and of `protective` instances that are said to add risk.
+
+    python benchmarks/survival_planted.py --seeds 20 21 22 23 24 25
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from lifelines.utils import concordance_index
+
+from histrata.demo.cohort import write_cohort
+from histrata.survival.cohort import Cohort
+from histrata.survival.inputs import Inputs
+from histrata.survival.training import NetworkModel, fit_network
+
+PATIENTS = 500
+
+
+def figures(seed: int, folder: Path, patients: int = PATIENTS) -> dict[str, float]:
+    """Make a cohort in the folder, learn from half of it and ask the other half."""
+    made = folder / "made"
+    write_cohort(made, patients, seed)
+    files: dict[str, Any] = {
+        "instances": made / "instances.npz",
+        "rna": made / "rna.tsv.gz",
+        "gene_sets": made / "gene_sets.gmt",
+    }
+    cohort = Inputs(made / "patients.tsv", **files).read(folder / "bags")
+    ids = list(cohort.patients.index)
+    test = cohort.take(ids[patients // 2 :])
+    model = fit_network(cohort.take(ids[: patients // 2]), seed)
+    kinds = pd.read_csv(made / "truth" / "instances.tsv", sep="\t").groupby("patient_id")["kind"].agg(np.array)
+    return concordances(model, test) | selected(model, test, kinds)
+
+
+def concordances(model: NetworkModel, test: Cohort) -> dict[str, float]:
+    """Return c of the model, with all and with either modality, and of its prototypes."""
+    network: Any = model.network
+    bags = replace(test, rna=None)
+    risks = {"both": model.risk(test), "bags": model.risk(bags), "rna": model.risk(replace(test, bags=None))}
+    risks["prototypes"] = np.array(
+        [float(out.assignment[0, 0] @ network.prototype_risk) for out in model.outputs(bags)]
+    )
+    return {name: float(concordance_index(test.time, -risk, test.event)) for name, risk in risks.items()}
+
+
+def selected(model: NetworkModel, test: Cohort, kinds: pd.Series) -> dict[str, float]:
+    """Return how much of what is selected was planted, and what planted instances are said to add."""
+    assert test.bags is not None
+    network: Any = model.network
+    told: dict[str, list[Any]] = {"precision": [], "chance": [], "aggressive": [], "protective": []}
+    for i, patient in enumerate(test.patients.index):
+        bag, kind = test.bags[i], kinds[patient]
+        planted = np.isin(kind, ["aggressive", "protective"])
+        if planted.any():
+            told["precision"].append(planted[network.select(bag, int(planted.sum()))].mean())
+        told["chance"].append(planted.mean())
+        contribution = model.explain(bag)[0]
+        for name in ("aggressive", "protective"):
+            told[name].extend(contribution[kind == name] > 0)
+    return {name: float(np.mean(values)) for name, values in told.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    rows = []
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(figures(seed, Path(folder)))
+        print(json.dumps({"seed": seed} | {name: round(value, 3) for name, value in rows[-1].items()}), flush=True)
+    table = pd.DataFrame(rows)
+    for what in ("mean", "min", "max"):
+        print(json.dumps({"benchmark": "survival_planted", "of seeds": what} | table.agg(what).round(3).to_dict()))
+
+
+if __name__ == "__main__":
+    main()
