@@ -1,9 +1,10 @@
-"""What PIBD finds of what was planted in cohorts of `histrata demo-data --survival`: one half learns, the other is asked.
+"""What PIBD finds of what was planted in cohorts of `histrata demo-data --survival`: one half learns, one is asked.
 
 Prints a JSON line for each seed, and their mean, least and most. Harrell's c of the model as it comes with both
 modalities, with `bags` or with `rna` alone, and of the risk of the prototypes that bags are assigned to (`prototypes`);
-`precision`, the share of planted instances among the selected, as many as were planted in each patient, beside `chance`,
-their share of all instances; and the share of `aggressive` and of `protective` instances that are said to add risk.
+`precision`, the share of planted instances among the selected, as many as were planted in each patient, beside
+`chance`, their share of all instances; and the share of `aggressive` and of `protective` instances that are said to
+add risk.
 
     python benchmarks/survival_planted.py --seeds 20 21 22 23 24 25
 """
