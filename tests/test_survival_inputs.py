@@ -798,3 +798,15 @@ def test_the_bags_of_hancock(data, caplog):
         np.testing.assert_allclose(cohort.pool[at], mine.mean(axis=0, dtype=np.float64), atol=1e-6)
     stained = read_cohort(sheet, instances=folder / "hancock_tma_bags.npz", where={"stain": "HE"})
     assert stained.bags.counts.sum() == (arrays["stain"] == "HE").sum()
+
+
+def test_numbers_as_ids_of_rna_in_anndata_are_whole_and_empty_ones_refused(tmp_path):
+    table = ad.AnnData(np.arange(6.0, dtype=np.float32).reshape(3, 2), var=pd.DataFrame(index=["G1", "G2"]))
+    for ids, told in (([7.0, 8.0, 9.0], ["7", "8", "9"]), ([7, 8, 9], ["7", "8", "9"]), (list("abc"), list("abc"))):
+        table.obs["patient_id"] = ids
+        table.write_h5ad(tmp_path / "rna.h5ad")
+        assert list(read_rna(tmp_path / "rna.h5ad").index) == told
+    table.obs["patient_id"] = [7.0, np.nan, 9.0]
+    table.write_h5ad(tmp_path / "rna.h5ad")
+    with pytest.raises(TableError, match=r"rna\.h5ad: obs\['patient_id'\] of row '1' is empty"):
+        read_rna(tmp_path / "rna.h5ad")

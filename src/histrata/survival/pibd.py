@@ -30,7 +30,8 @@ function: losses take its outputs and `histrata.survival.hazards.Labels`.
 - *Nothing is padded that is computed with.* Bags are ragged, and zero rows are nobody's instances.
 - *A bag is seen whole*, in training and inference. All instances are first compared without gradients and without
   dropout, a chunk at a time, to find those that are selected, or are among the k of a prototype; only those become
-  tokens, so that memory does not grow with the bag. The published code averages over random eighths of a bag.
+  tokens, so that memory does not grow with the bag. The published code averages over random eighths of a bag. (Of a bag
+  above `TrainingOptions.max_instances`, a training step is given a random part, drawn before the network.)
 - *All terms of the loss are means over the batch*; published, one is a sum, so that weights depend on the batch size.
 - *The mutual information* bound is CLUB's (Cheng et al., ICML 2020) with a Gaussian of unit variance, as published,
   but its estimator learns by its own optimiser from detached features, and the network sees the bound with the
@@ -51,8 +52,8 @@ patients:
   the mean over all its instances, not over the k nearest, since how much of a tumour is of a kind says more than that
   some of it is. A linear map of the similarities is added to the logits, so that each instance adds a known part
   to them; selected are those whose part is farthest from the mean of their bag's. So what selects is learned with the
-  head, and depends on no outcome. The published arrangement (`"nearest"`) takes the highest similarity, and what all
-  tumours have in common may be that;
+  head, and depends on no outcome (in a bag all of one kind, nothing is told apart). The published arrangement
+  (`"nearest"`) takes the highest similarity, and what all tumours have in common may be that;
 - in training, one modality of a patient who has all is left out now and then, so that the model answers from each.
 """
 

@@ -29,8 +29,9 @@ def cohort_table(
     obs
         `time`, `event`, the covariates, `subject_id`, `n_slides`, `n_spots` (instances), `has_rna`; `followed`:
         whether there is follow-up; `fold` in which the patient was held out, and the `risk` and `risk_group` (`high`
-        above the median risk of that fold's training patients) that this fold's model gave. Patients without
-        follow-up, on whom nothing was trained, have the final model's, and the fold `final`.
+        above the median risk of that fold's training patients) that this fold's model gave. Patients whom no fold
+        held out have the final model's, and the fold `final`: those without follow-up, on whom nothing was trained,
+        and any that given folds leave out, whose outcome it has seen.
     obsm["survival"]
         float32 (patients, times): predicted probability to be free of the event, from the same model.
     obsm["X_mean"]
