@@ -177,6 +177,8 @@ def test_folds_of_a_table_hold_out_what_it_says(tmp_path, caplog):
     assert "1 patient_id(s) have no measured slide, such as 'nobody'" in caplog.text
     by_slide = "fold\tslide_id\nfirst\tC2\nsecond\tB4\nfirst\tF1\nfirst\tC3\n"
     assert make_folds(SHEET.iloc[::-1], given_folds(tmp_path, by_slide)) == folds
+    (tmp_path / "folds.csv").write_text(text.replace("\t", ","))
+    assert make_folds(SHEET, tmp_path / "folds.csv") == folds
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,8 @@ def _given_patients(path: Path, subject_of: Mapping[str, str]) -> dict[str, set[
 
 def _listed(path: Path) -> dict[str, list[str]]:
     """Read a table with a row for each patient that a fold holds out."""
-    table = _read_table(path, "\t", "a TSV with the columns fold and patient_id")
+    separator = "," if path.suffix.lower() == ".csv" else "\t"
+    table = _read_table(path, separator, "a TSV, or by its name a CSV, with the columns fold and patient_id")
     absent = [column for column in ("fold", "patient_id") if column not in table]
     if absent:
         raise HistrataError(
