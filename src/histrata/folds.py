@@ -229,8 +229,7 @@ def _given_patients(path: Path, subject_of: Mapping[str, str]) -> dict[str, set[
 
 def _listed(path: Path) -> dict[str, list[str]]:
     """Read a table with a row for each patient that a fold holds out."""
-    separator = "," if path.suffix.lower() == ".csv" else "\t"
-    table = _read_table(path, separator, "a TSV, or by its name a CSV, with the columns fold and patient_id")
+    table = _read_table(path, "a table (TSV or .csv) with the columns fold and patient_id")
     absent = [column for column in ("fold", "patient_id") if column not in table]
     if absent:
         raise HistrataError(
@@ -257,7 +256,7 @@ def _split_files(folder: Path, subject_of: Mapping[str, str]) -> dict[str, list[
         )
     listed: dict[str, list[str]] = {}
     for file in files:
-        table = _read_table(file, ",", "a CSV with the columns train and val")
+        table = _read_table(file, "a CSV with the columns train and val")
         absent = [column for column in ("train", "val") if column not in table]
         if absent:
             raise HistrataError(f"{file}: column '{absent[0]}' is missing; a split has the columns train and val")
@@ -282,7 +281,8 @@ def _split_files(folder: Path, subject_of: Mapping[str, str]) -> dict[str, list[
     return listed
 
 
-def _read_table(path: Path, separator: str, expected: str) -> pd.DataFrame:
+def _read_table(path: Path, expected: str) -> pd.DataFrame:
+    separator = "," if path.suffix.lower() == ".csv" else "\t"
     try:
         return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -359,7 +359,7 @@ def _fold(name: str, held_out: Collection[str], subject_of: Mapping[str, str]) -
 
 def _given(path: Path, patient_of: Mapping[str, str]) -> dict[str, set[str]]:
     """Read what each fold of a user's table holds out, in the order of the folds' names."""
-    table = _read_table(path, "\t", "a TSV with the columns fold and patient_id, or fold and slide_id")
+    table = _read_table(path, "a table (TSV or .csv) with the columns fold and patient_id, or fold and slide_id")
     keys = [column for column in ("patient_id", "slide_id") if column in table]
     if "fold" not in table or len(keys) != 1:
         raise HistrataError(
