@@ -527,7 +527,7 @@ def test_a_cluster_and_the_working_directory_do_not_matter(sections, panel, tiny
         ({"smooth_um": -1.0}, r"m2ost\.smooth_um is -1\.0"),
         ({"ema": 1.0}, r"m2ost\.ema is 1\.0; it must be a share below 1"),
         ({"jitter": -0.1}, r"m2ost\.jitter is -0\.1; it must be a share below 1"),
-        ({"learning_rate": -1.0}, r"m2ost\.learning_rate is -1\.0; it must be above 0"),
+        ({"learning_rate": -1.0}, r"m2ost\.learning_rate is -1\.0; it must be a number, at least 0"),
         ({"weight_decay": -1.0}, r"m2ost\.weight_decay is -1\.0; it must be at least 0"),
         ({"clip": -1.0}, r"m2ost\.clip is -1\.0; it must be at least 0"),
         ({"size": 0}, r"m2ost\.size is 0; it must be at least 1"),

@@ -157,8 +157,8 @@ class M2OSTOptions:
         for name in ("levels", "n_genes", "epochs", "batch_size", "processes", *sizes):
             if getattr(self, name) < 1:
                 raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.learning_rate < math.inf:
-            raise HistrataError(f"m2ost.learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0 <= self.learning_rate < math.inf:
+            raise HistrataError(f"m2ost.learning_rate is {self.learning_rate}; it must be a number, at least 0")
         for name in ("seed", "smooth_um", "early_stopping", "weight_decay", "clip"):
             if getattr(self, name) < 0:
                 raise HistrataError(f"m2ost.{name} is {getattr(self, name)}; it must be at least 0")
