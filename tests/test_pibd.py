@@ -13,6 +13,7 @@ import pytest
 import torch
 from lifelines import CoxPHFitter
 from lifelines.utils import concordance_index
+from safetensors.numpy import save_file
 
 from histrata.errors import HistrataError, TableError
 from histrata.registry import create_model
@@ -445,6 +446,18 @@ def test_a_saved_model_predicts_what_it_did(name, head, cohort, tmp_path):
     contribution, prototype = again.explain(cohort.bags[0])
     assert contribution.shape == prototype.shape == (40,)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["seed"] == 3
+
+
+def test_damaged_weights_are_one_sentence(cohort, tmp_path):
+    save_network(fit_network(cohort, 3, options_of("mean_mil")), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(HistrataError, match=r"model\.safetensors is not a readable file of weights"):
+        load_network(tmp_path / "model")
+    save_file({"edges": np.zeros(2)}, weights)
+    with pytest.raises(HistrataError, match=r"does not hold the arrays that its config\.json describes"):
+        load_network(tmp_path / "model")
 
 
 def test_the_same_seed_gives_the_same_bytes_and_leaves_the_global_state(cohort, tmp_path):

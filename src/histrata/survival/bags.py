@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+
+def parts_of(instances: Any, size: int = 8192) -> Iterator[NDArray[np.float64]]:
+    """Give instances (n, features) in parts of at most `size`: of a memory-mapped array, one is read at a time."""
+    for start in range(0, len(instances), size):
+        yield np.asarray(instances[start : start + size], np.float64)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from safetensors.numpy import save_file
 from sklearn.decomposition import PCA
 
 from histrata.errors import HistrataError, TableError
+from histrata.survival.bags import parts_of
 from histrata.survival.cohort import Cohort
 from histrata.survival.folder import read_arrays, read_config
 from histrata.survival.text import tell
@@ -43,7 +44,6 @@ from histrata.survival.text import tell
 Array = NDArray[np.float64]
 NOT_KNOWN = "not known"
 FORMAT = "histrata-mean-pool-cox-1"
-_CHUNK = 8192
 _STAGE = re.compile(r"(?:stage\s*)?(0|iv|i{1,3})(?:[a-d]\d?)?", re.IGNORECASE)
 _STAGES = {"0": 0.0, "i": 1.0, "ii": 2.0, "iii": 3.0, "iv": 4.0}
 
@@ -229,9 +229,7 @@ class CoxModel:
         pooling = self.pooling
         slope = (self.coefficients[: len(pooling.axes)] @ pooling.axes) / pooling.scale
         told = [np.zeros(0)]
-        for start in range(0, len(instances), _CHUNK):
-            x = np.asarray(instances[start : start + _CHUNK], np.float64)
-            told.append((x - pooling.mean) @ slope / len(instances))
+        told += [(x - pooling.mean) @ slope / len(instances) for x in parts_of(instances)]
         contribution = np.concatenate(told).astype(np.float32)
         return contribution, np.full(len(contribution), -1, np.int64)
 

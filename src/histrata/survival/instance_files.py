@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from histrata.errors import TableError, quoted
 from histrata.survival.instances import Source, rows_at_once
-from histrata.survival.text import read_lines, separator, tell
+from histrata.survival.text import ids_of, read_lines, separator, tell
 
 log = logging.getLogger(__name__)
 
@@ -232,14 +232,11 @@ def _text(values: Any, path: Path, name: str, first_row: int = 0) -> NDArray[np.
     column = pd.Series(np.asarray(values).ravel() if not isinstance(values, pd.Series) else values.to_numpy())
     if column.dtype == object:
         column = column.map(lambda v: v.decode("utf-8", "replace") if isinstance(v, bytes) else v)
-    elif column.dtype.kind == "f" and (column.dropna() % 1 == 0).all():
-        # Numbers beside an empty cell were read as floats.
-        column = column.astype("Int64")
-    empty = column.isna() | (column.astype(str).str.strip() == "")
+    text, empty = ids_of(column)
     if empty.any() and name in IDS:
-        row = int(np.flatnonzero(empty.to_numpy())[0]) + first_row
+        row = int(np.flatnonzero(empty)[0]) + first_row
         raise TableError(f"{path}, row {row}: {name} is empty ({int(empty.sum())} such row(s)); fill it in.")
-    return column.astype(object).where(~empty, "").astype(str).to_numpy(dtype=np.str_)
+    return text.to_numpy(dtype=np.str_)
 
 
 def _numbered(width: int) -> list[str]:

@@ -166,9 +166,9 @@ def _main(cohort: Cohort, options: SurvivalOptions) -> tuple[str, Fit, tuple[str
             log.warning("%s reads instances alone; only the baselines use RNA.", options.model)
         elif cohort.rna is not None and not cohort.pathways:
             log.warning("%s reads RNA by gene sets; without gene_sets only the baselines use it.", options.model)
-        network = network_method(options.training(options.model))
-        fit = _fit_prototypes(options) if options.model == PROTOTYPES else network
-        return options.model, fit, uses
+        if options.model == PROTOTYPES:
+            return options.model, _fit_prototypes(options), uses
+        return options.model, network_method(options.training(options.model)), uses
     if options.model != COX:
         lacks = "instances" if alone else "instances, or RNA with gene sets"
         raise HistrataError(

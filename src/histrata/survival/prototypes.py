@@ -26,7 +26,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from histrata.errors import HistrataError, TableError
-from histrata.survival.bags import Bags
+from histrata.survival.bags import Bags, parts_of
 from histrata.survival.cohort import Cohort
 from histrata.survival.cox import CoxModel, fit_cox, load_cox, save_cox
 from histrata.survival.folder import read_arrays, read_config
@@ -34,7 +34,6 @@ from histrata.survival.folder import read_arrays, read_config
 Array = NDArray[np.float64]
 FORMAT = "histrata-prototypes-cox-1"
 PRIOR = 1.0
-_CHUNK = 8192
 _MIXTURE = ("weights", "means", "covariances", "precisions_cholesky")
 
 
@@ -117,8 +116,8 @@ class PrototypeModel:
 
     def _chunks(self, instances: Any) -> Iterator[tuple[Array, Array]]:
         """Give instances, standardised, and their responsibilities, a chunk at a time."""
-        for start in range(0, len(instances), _CHUNK):
-            x = (np.asarray(instances[start : start + _CHUNK], np.float64) - self.mean) / self.scale
+        for part in parts_of(instances):
+            x = (part - self.mean) / self.scale
             yield x, self.mixture.predict_proba(x)
 
     def _summarise(self, instances: Any) -> Array:

@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histrata.errors import TableError, quoted
-from histrata.survival.text import read_lines, separator, tell
+from histrata.survival.text import ids_of, read_lines, separator, tell
 
 log = logging.getLogger(__name__)
 
@@ -177,12 +177,10 @@ def _dense(table: ad.AnnData) -> NDArray:
 def _read_h5ad(path: Path) -> pd.DataFrame:
     table = _read(path, "write it with AnnData.write_h5ad")
     patients = table.obs["patient_id"] if "patient_id" in table.obs else table.obs_names.to_series()
-    empty = (patients.isna() | (patients.astype(str).str.strip() == "")).to_numpy()
+    names, empty = ids_of(patients)
     if empty.any():
         row = table.obs_names[int(empty.argmax())]
         raise TableError(f"{path}: obs['patient_id'] of row '{row}' is empty; fill it in, or leave the row out.")
-    # Whole numbers beside an empty cell, since filled in, may have been kept as floats: 7 is not 7.0.
-    names = patients.convert_dtypes().astype(str)
     return pd.DataFrame(_dense(table), index=pd.Index(names), columns=table.var_names)
 
 

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
 from histrata.errors import TableError, quoted
 
 log = logging.getLogger(__name__)
@@ -31,6 +35,14 @@ def open_text(path: Path) -> Iterator[TextIO]:
     else:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             yield stream
+
+
+def ids_of(column: pd.Series) -> tuple[pd.Series, NDArray[np.bool_]]:
+    """Return ids as text, and which are empty, bool; numbers that an empty cell beside them made floats are whole."""
+    if column.dtype.kind == "f" and (column.dropna() % 1 == 0).all():
+        column = column.astype("Int64")
+    empty = column.isna() | (column.astype(str).str.strip() == "")
+    return column.astype(object).where(~empty, "").astype(str), empty.to_numpy(bool)
 
 
 def separator(path: Path) -> str:

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from histrata.devices import find_device
 from histrata.errors import HistrataError, TableError
 from histrata.files import whole
 from histrata.registry import create_model
-from histrata.survival.bags import Bags
+from histrata.survival.bags import Bags, parts_of
 from histrata.survival.cohort import Cohort
 from histrata.survival.fitting import Fit
-from histrata.survival.folder import read_config
+from histrata.survival.folder import read_arrays, read_config
 from histrata.survival.hazards import Bins, breslow, hazard_risk
 from histrata.survival.networks import CHUNK, Inputs, SurvivalNetwork, seeded
 
@@ -305,8 +305,7 @@ def _moments(bags: Bags) -> tuple[Array, Array]:
     width, n = len(bags.features), 0
     mean, squares = np.zeros(width), np.zeros(width)
     for first, last in bags.ranges:
-        for start in range(first, last, CHUNK):
-            x = np.asarray(bags.instances[start : min(start + CHUNK, last)], np.float64)
+        for x in parts_of(bags.instances[first:last], CHUNK):
             # Chan et al.: means of parts joined without the loss of digits that sums of squares have.
             part, n = x.mean(axis=0), n + len(x)
             step = part - mean
@@ -422,13 +421,14 @@ def load_network(folder: Path) -> NetworkModel:
     """
     folder = Path(folder)
     config = read_config(folder, FORMAT)
-    tensors = load_file(folder / "model.safetensors")
-    bins, baseline = Bins(tensors.pop("edges").numpy()), tensors.pop("baseline").numpy()
-    # Models of before it was kept have none.
-    unknown = tensors.pop("unknown", torch.zeros(0)).double().numpy()
     network: Any = create_model(config["model"], **config["architecture"])
+    weights = {f"network.{name}" for name in network.state_dict()}
+    # Models of before `unknown` was kept have none.
+    arrays = read_arrays(folder, {"edges", "baseline", *weights}, maybe=("unknown",))
+    bins, baseline, unknown = Bins(arrays["edges"]), arrays["baseline"], arrays.get("unknown", np.zeros(0))
     try:
-        network.load_state_dict({name.removeprefix("network."): value for name, value in tensors.items()})
+        state = {name.removeprefix("network."): torch.from_numpy(arrays[name]) for name in weights}
+        network.load_state_dict(state)
     except RuntimeError as error:
         raise HistrataError(
             f"{folder}/model.safetensors does not hold the weights that its config.json describes; train it again."
