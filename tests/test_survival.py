@@ -29,7 +29,7 @@ from histrata.survival.cox import CoxFit
 from histrata.survival.methods import Method
 from histrata.survival.metrics import (
     brier_scores,
-    censoring_survival,
+    censoring_weights,
     concordance,
     horizon,
     uno_weights,
@@ -222,11 +222,12 @@ def test_no_comparable_pair_is_nan():
     assert np.isnan(horizon([1.0], [False]))
 
 
-def test_censoring_survival_by_hand():
+def test_censoring_weights_by_hand():
     # Events leave before censoring at equal times: at 2 one event, then 1 of the 3 left is censored.
     time, event = [1, 2, 2, 3, 4], [True, True, False, False, True]
-    at = [0.5, 1, 2, 2.5, 3, 9]
-    np.testing.assert_allclose(censoring_survival(time, event, at), [1, 1, 2 / 3, 2 / 3, 1 / 3, 1 / 3])
+    at = [2, 0.5, 1, 2.5, 3, 9]
+    np.testing.assert_allclose(censoring_weights(time, event)(at), [3 / 2, 1, 1, 3 / 2, 3, 3])
+    assert censoring_weights([1, 2], [True, False])([2]) == [0]
 
 
 def test_brier_without_censoring_is_the_squared_error():

@@ -22,7 +22,18 @@ from histrata.report.scores import describe_genes, describe_timings
 from histrata.report.slides import choose_genes, describe_extremes, describe_slide, read_trained_on
 from histrata.report.survival import describe_risk, describe_survival
 
-_PACKAGES = ("anndata", "lifelines", "lightning", "numpy", "openslide-python", "tifffile", "timm", "torch", "zarr")
+_PACKAGES = [
+    "anndata",
+    "lifelines",
+    "lightning",
+    "numpy",
+    "openslide-python",
+    "tifffile",
+    "timm",
+    "torch",
+    "torchsurv",
+    "zarr",
+]
 _CHECK = ("slide_id", "patient_id", "status", "reason", "path", "vendor", "mpp_source")
 _CHECK_NUMBERS = ("width", "height", "levels", "mpp", "bytes")
 

@@ -345,13 +345,12 @@ class _Judged:
         self.horizons = horizons
         self.held = held[held["seed"] == _ENSEMBLE].reset_index(drop=True)
         singles = [part.reset_index(drop=True) for voice, part in held.groupby("seed") if voice != _ENSEMBLE]
-        once = np.ones((1, len(self.held)))
-        self.figures = _figures(self.held, horizons, once)
+        self.figures = _figures(self.held, horizons)
         # The same draws of patients for every method: the folds, and the patients in them, are the same.
         self.draws = _figures(self.held, horizons, draw_patients(len(self.held), replicates, seed))
         folds = self.held.groupby("fold")["n_train"].agg(["size", "first"])
         self.overlap = 1 + float((folds["size"] / folds["first"]).sum())
-        self.seeds = [_figures(part, horizons, once) for part in singles] or [self.figures]
+        self.seeds = [_figures(part, horizons) for part in singles] or [self.figures]
 
     def patients(self, metric: str) -> int:
         return int(self.held["brier"].notna().sum() if "brier" in metric else len(self.held))
@@ -362,7 +361,7 @@ class _Judged:
             risk = "rank" if part["fold"].nunique() > 1 else "risk"
             tau = part["tau"].iloc[0] if part["tau"].nunique() == 1 else np.nan
             also = {"n_patients": len(part), "n_events": int(part["event"].sum()), "kind": self.kind, "tau": tau}
-            for metric, value in _metrics(part, risk, self.horizons, np.ones((1, len(part)))).items():
+            for metric, value in _metrics(part, risk, self.horizons, None).items():
                 rows.append({"fold": fold, "method": name, "metric": metric, "value": float(value[0])} | also)
         return rows
 
@@ -384,31 +383,33 @@ class _Judged:
         return table.assign(d_calibration_p=d_calibration(event, self.held["own"]))
 
 
-def _figures(table: pd.DataFrame, horizons: Sequence[float], counts: Array) -> dict[str, Array]:
-    """Return the pooled metrics and the means over folds, float64 (draws,) each.
+def _figures(table: pd.DataFrame, horizons: Sequence[float], counts: Array | None = None) -> dict[str, Array]:
+    """Return the pooled metrics and the means over folds, float64 (1,) each.
 
-    `counts` (draws, patients) says how often each patient counts.
+    With `counts` (draws, patients), how often each patient counts, one of each draw.
     """
     pooled = _metrics(table, "rank", horizons, counts)
     folds = [
-        _concordances(part, "risk", counts[:, part.index.to_numpy()]) for _, part in table.groupby("fold", sort=False)
+        _concordances(part, "risk", None if counts is None else counts[:, part.index.to_numpy()])
+        for _, part in table.groupby("fold", sort=False)
     ]
     return pooled | {f"{metric}_fold_mean": np.mean([fold[metric] for fold in folds], axis=0) for metric in folds[0]}
 
 
-def _metrics(table: pd.DataFrame, risk: str, horizons: Sequence[float], counts: Array) -> dict[str, Array]:
+def _metrics(table: pd.DataFrame, risk: str, horizons: Sequence[float], counts: Array | None) -> dict[str, Array]:
     order, time = table[risk].to_numpy(np.float64), table["time"].to_numpy(np.float64)
     brier, reference = table["brier"].to_numpy(np.float64), table["brier_km"].to_numpy(np.float64)
     known = np.isfinite(brier)
+    times = np.ones((1, known.sum())) if counts is None else counts[:, known]
     figures = _concordances(table, risk, counts)
     for i, at in enumerate(horizons):
         figures[f"auc_at_{at:g}"] = auc_at(time, order, table[f"case_weight_{i}"].to_numpy(np.float64), at, counts)
-    error, least = counts[:, known] @ brier[known], counts[:, known] @ reference[known]
-    figures["integrated_brier"] = ratio(error, counts[:, known].sum(axis=1))
+    error, least = times @ brier[known], times @ reference[known]
+    figures["integrated_brier"] = ratio(error, times.sum(axis=1))
     return figures | {"brier_skill": 1 - ratio(error, least)}
 
 
-def _concordances(table: pd.DataFrame, risk: str, counts: Array) -> dict[str, Array]:
+def _concordances(table: pd.DataFrame, risk: str, counts: Array | None) -> dict[str, Array]:
     time, event = table["time"].to_numpy(np.float64), table["event"].to_numpy(bool)
     order, weight = table[risk].to_numpy(np.float64), table["uno_weight"].to_numpy(np.float64)
     return {
