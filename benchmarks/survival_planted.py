@@ -32,6 +32,18 @@ PATIENTS = 500
 
 def figures(seed: int, folder: Path, patients: int = PATIENTS) -> dict[str, float]:
     """Make a cohort in the folder, learn from half of it and ask the other half."""
+    cohort = made_cohort(folder, patients, seed)
+    ids = list(cohort.patients.index)
+    test = cohort.take(ids[patients // 2 :])
+    model = fit_network(cohort.take(ids[: patients // 2]), seed)
+    kinds = (
+        pd.read_csv(folder / "made" / "truth" / "instances.tsv", sep="\t").groupby("patient_id")["kind"].agg(np.array)
+    )
+    return concordances(model, test) | selected(model, test, kinds)
+
+
+def made_cohort(folder: Path, patients: int, seed: int) -> Cohort:
+    """Write a cohort with planted truth to the folder, and read it."""
     made = folder / "made"
     write_cohort(made, patients, seed)
     files: dict[str, Any] = {
@@ -39,12 +51,7 @@ def figures(seed: int, folder: Path, patients: int = PATIENTS) -> dict[str, floa
         "rna": made / "rna.tsv.gz",
         "gene_sets": made / "gene_sets.gmt",
     }
-    cohort = Inputs(made / "patients.tsv", **files).read(folder / "bags")
-    ids = list(cohort.patients.index)
-    test = cohort.take(ids[patients // 2 :])
-    model = fit_network(cohort.take(ids[: patients // 2]), seed)
-    kinds = pd.read_csv(made / "truth" / "instances.tsv", sep="\t").groupby("patient_id")["kind"].agg(np.array)
-    return concordances(model, test) | selected(model, test, kinds)
+    return Inputs(made / "patients.tsv", **files).read(folder / "bags")
 
 
 def concordances(model: NetworkModel, test: Cohort) -> dict[str, float]:

@@ -218,6 +218,11 @@ def test_follow_up_depends_on_composition() -> None:
     assert concordance > 0.7
 
 
+def test_nobody_is_followed_for_no_time() -> None:
+    sheet, _ = draw_follow_up(["a", "b", "c", "d"], np.array([0.0, 1.0, 30.0, 40.0]), np.random.default_rng(0))
+    assert (sheet["time"] > 0).all()
+
+
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [

@@ -42,7 +42,6 @@ from histrata.survival.metrics import (
     draw_patients,
     holm,
     horizon,
-    interval,
     uno_weights,
 )
 
@@ -301,9 +300,11 @@ def test_paired_differences_by_brute_force(planted):
     np.testing.assert_allclose((both[0] - both[1])[:25], values, atol=1e-12)
     row = versus(result, "rna_pca", "mean_pool")
     # Five folds of 48 patients, each beside 192 training patients.
-    error = (both[0] - both[1]).std() * np.sqrt(1 + 5 * 48 / 192)
+    wider = np.sqrt(1 + 5 * 48 / 192)
+    error = (both[0] - both[1]).std() * wider
     assert row["p"] == pytest.approx(2 * norm.sf(abs(row["mean"]) / error))
-    assert (row["ci_low"], row["ci_high"]) == pytest.approx(interval(both[0] - both[1]), abs=1e-12)
+    ends = np.percentile(both[0] - both[1], [2.5, 97.5])
+    assert [row["ci_low"], row["ci_high"]] == pytest.approx(list(row["mean"] + wider * (ends - row["mean"])))
     assert row["mean"] == pytest.approx(own(result, "rna_pca")["mean"] - own(result, "mean_pool")["mean"])
     differences = result.summary[result.summary["baseline"] != ""]
     better = differences[differences["verdict"] == "better"]
@@ -314,22 +315,26 @@ def test_paired_differences_by_brute_force(planted):
     assert cohort is not None
 
 
-def test_no_method_finds_anything_in_noise():
-    """Over cohorts: one interval in twenty may miss .5, and more for few columns, as the module says."""
-    figures = []
-    for seed in range(4):
-        cohort = make_cohort(160, seed=seed + 20)
-        methods = baseline_methods(cohort)
-        methods["joint"] = Method(CoxFit(rna=True, pool=True), draws=False)
-        result = evaluate_survival(cohort, folds_of(cohort, 3), methods, replicates=200)
-        figures.append(result.summary.query("metric == 'harrell_c' and baseline == ''").set_index("method"))
-        assert versus(result, "joint", "constant")["verdict"] != "better"
-    for name in methods:
-        rows = pd.DataFrame([table.loc[name] for table in figures])
-        error = (rows["ci_high"] - rows["ci_low"]).astype(float).mean() / 3.92
-        assert abs(rows["mean"].mean() - 0.5) <= 3 * error / np.sqrt(len(rows)) + 1e-9, name
-    held = [((t["ci_low"] <= 0.5) & (t["ci_high"] >= 0.5)).mean() for t in figures]
-    assert np.mean(held) >= 0.75
+@pytest.mark.parametrize("seed", range(2))
+def test_no_method_finds_anything_in_noise(seed):
+    """Every interval holds .5; over many cohorts about one in thirty does not (benchmarks/survival_noise.py)."""
+    cohort = make_cohort(160, seed=seed)
+    methods = baseline_methods(cohort)
+    methods["joint"] = Method(CoxFit(rna=True, pool=True), draws=False)
+    summary = evaluate_survival(cohort, folds_of(cohort), methods, replicates=300).summary
+    concordances = summary[summary["metric"].str.contains("_c$|auc")]
+    figures = concordances[concordances["baseline"] == ""]
+    assert set(figures["method"]) >= {"basic_covariates", "covariates", "rna_pca", "mean_pool", "late_fusion", "joint"}
+    missed = figures[(figures["ci_low"] > 0.5) | (figures["ci_high"] < 0.5)]
+    assert missed.empty, missed[["method", "metric", "mean", "ci_low", "ci_high"]]
+    assert not (summary["verdict"] == "better").any()
+
+
+def test_intervals_are_of_figures_that_can_be():
+    cohort = make_cohort(40, rna=4.0, censoring=9.0)
+    result = evaluate_survival(cohort, folds_of(cohort), {"rna": Method(CoxFit(rna=True), draws=False)}, replicates=50)
+    assert result.summary["ci_high"].max() == 1
+    assert result.summary.query("metric != 'brier_skill'")["ci_low"].min() >= 0
 
 
 def test_tau_and_horizons_can_be_given_and_are_told():

@@ -118,7 +118,8 @@ def draw_follow_up(
     sheet = pd.DataFrame(
         {
             "patient_id": patient_ids,
-            "time": np.round(np.minimum(event_time, end * uniform), 2),
+            # A time of 0 is none: who dies on the first day has a hundredth of a month.
+            "time": np.maximum(np.round(np.minimum(event_time, end * uniform), 2), 0.01),
             "event": observed.astype(int),
             "age": np.round(np.clip(rng.normal(62, 10, n), 25, 92)).astype(int),
             "sex": rng.choice(["female", "male"], n),
