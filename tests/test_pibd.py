@@ -24,6 +24,7 @@ from histrata.survival.cohort import Cohort
 from histrata.survival.evaluation import evaluate_survival
 from histrata.survival.hazards import Bins, breslow, cox_nll, hazard_nll, hazard_risk
 from histrata.survival.methods import Method
+from histrata.survival.metrics import brier_grid, brier_scores, horizon, kaplan_meier
 from histrata.survival.networks import Inputs, Standardise
 from histrata.survival.pibd import MutualInformation, PIBDConfig
 from histrata.survival.prototypes import fit_prototypes
@@ -630,3 +631,49 @@ def test_a_patient_without_instances_gets_the_mean_of_the_others():
         fit_prototypes(replace(cohort, bags=None), 0)
     with pytest.raises(TableError, match="embed the slides"):
         fit_prototypes(cohort, 0, prototypes=2).risk(replace(odd, bags=Bags.of([[]] * 60, ["a"])))
+
+
+# --- curves ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["cox", "hazards"])
+def test_curves_are_as_sure_as_held_out_patients_bear_out(head):
+    """Where there is nothing to learn the curves are nearly those of the cohort; where there is, they are not."""
+    options = TrainingOptions("attention_mil", head=head, epochs=40, batch_size=32)
+    skill, shrinkage = {}, {}
+    for effect in (0.0, 1.5):
+        cohort, _ = planted(240, effect=effect, seed=3)
+        train, test = half(cohort, True), half(cohort, False)
+        tau = horizon(train.time, train.event)
+        cohort_curve = kaplan_meier(train.time, train.event, brier_grid(tau))
+        known = {"train_time": train.time, "train_event": train.event, "tau": tau}
+        least = brier_scores(test.time, test.event, np.tile(cohort_curve, (len(test), 1)), **known).mean()
+        for shrink in (True, False):
+            model = fit_network(train, 0, replace(options, shrink=shrink))
+            predicted = model.survival(test, brier_grid(tau))
+            skill[effect, shrink] = 1 - brier_scores(test.time, test.event, predicted, **known).mean() / least
+            shrinkage[effect, shrink] = model.shrinkage
+    assert shrinkage[0.0, False] == shrinkage[1.5, False] == 1
+    assert shrinkage[1.5, True] > shrinkage[0.0, True] + 0.2
+    assert skill[0.0, True] > skill[0.0, False] + 0.01
+    assert skill[0.0, True] > -0.02
+    assert skill[1.5, True] > max(skill[1.5, False] - 0.03, 0.3)
+
+
+def test_shrinking_changes_no_risk_and_is_kept(tmp_path):
+    cohort, _ = planted(60)
+    options = TrainingOptions("mean_mil", epochs=4, batch_size=20)
+    model, plain = (fit_network(cohort, 0, replace(options, shrink=shrink)) for shrink in (True, False))
+    np.testing.assert_array_equal(model.risk(cohort), plain.risk(cohort))
+    model = replace(model, shrinkage=0.35)
+    save_network(model, tmp_path / "model")
+    again = load_network(tmp_path / "model")
+    np.testing.assert_array_equal(again.survival(cohort, [0.2, 0.8]), model.survival(cohort, [0.2, 0.8]))
+    # Half of the way to the centre.
+    near = replace(plain, shrinkage=0.5)
+    np.testing.assert_allclose(near.shrunk(plain.centre[None] + 2), plain.centre[None] + 1)
+
+
+def test_too_few_events_to_choose_by_leave_curves_as_they_are():
+    cohort, _ = planted(12)
+    assert fit_network(cohort, 0, TrainingOptions("mean_mil", epochs=2)).shrinkage == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -102,6 +103,44 @@ def test_the_model_stands_beside_its_baselines(out: Path) -> None:
     pairs = summary[(summary["method"] == "pibd") & (summary["metric"] == "harrell_c") & (summary["baseline"] != "")]
     assert {"constant", "covariates", "rna_pca", "attention_mil"} <= set(pairs["baseline"])
     assert set(pd.read_csv(out / "calibration.tsv", sep="\t")["horizon"]) == {5.0}
+
+
+@pytest.mark.parametrize("side", [200, None])
+def test_patches_of_features_get_tables_and_pictures(inputs: Inputs, tmp_path: Path, side: int | None) -> None:
+    """Features as TRIDENT writes them: what each patch adds, at its place; drawn where the run has the slide."""
+    features, rng = tmp_path / "features", np.random.default_rng(1)
+    features.mkdir()
+    sheet = pd.read_csv(inputs.patients, sep="\t")
+    held = {}
+    for i, patient in enumerate(sheet["patient_id"]):
+        corners = np.array([[x, y] for y in (0, 200) for x in (0, 200, 400)])
+        x = rng.normal(size=(6, D)).astype(np.float32)
+        held[patient], order = (corners, x), rng.permutation(6)
+        with h5py.File(features / f"{patient}.h5", "w") as file:
+            file["features"] = x[order]
+            if i:  # one has features without places
+                file["coords"] = corners[order]
+                if side:
+                    file["coords"].attrs["patch_size_level0"] = side
+    out = tmp_path / "results" / "survival"
+    given = Inputs(inputs.patients, instances=features)
+    evaluate(given, out, SurvivalOptions(components=3, controls=False), folds=2)
+    assert sorted(p.stem for p in (out / "spots").iterdir()) == sorted(held)[1:]
+    # The patient without follow-up is explained by the final model, which is at hand.
+    table, (corners, x) = ad.read_h5ad(out / "spots" / "p05.h5ad"), held["p05"]
+    np.testing.assert_array_equal(table.obsm["spatial"], corners + (side or 0) / 2)
+    np.testing.assert_allclose(table.obs["risk_contribution"], load_model(out / "model").explain(x)[0], rtol=1e-5)
+    assert table.obs_names[4] == "p05:200x200"
+    assert set(table.obs["fold"]) == {"final"}
+    assert set(table.obs["patient_id"]) == {"p05"}
+    assert table.uns["histrata"]["spatial"] == ("centres" if side else "corners")
+    assert describe_risk(out) is None
+    slide = ad.read_h5ad(inputs.embeddings[5])
+    slide.uns["spatial"] = {"p05": slide.uns["spatial"]["sp05"]}
+    (tmp_path / "results" / "slides" / "p05").mkdir(parents=True)
+    slide.write_h5ad(tmp_path / "results" / "slides" / "p05" / "spots.h5ad")
+    drawn = describe_risk(out)
+    assert (drawn is not None and len(drawn.figures) == 1) == bool(side)
 
 
 def test_the_cohort_is_ready_for_scanpy(out: Path) -> None:

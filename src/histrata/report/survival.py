@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import anndata as ad
 import h5py
 import pandas as pd
 
 from histrata.errors import TableError
+from histrata.folders import SlideFolder
 from histrata.report.figures import Values, read_picture
 from histrata.report.parts import Figure, Part, read_tsv
 from histrata.report.slides import draw_panels
@@ -87,13 +89,26 @@ def describe_risk(folder: Path) -> Part | None:
     return Part([told], figures=drawn)
 
 
+def _put_on_slide(table: ad.AnnData, path: Path) -> bool:
+    """Give a table of ready-made patches the picture of its slide, if the run has it and the patches have a size."""
+    spots = SlideFolder(path.parents[2] / "slides" / path.stem).spots
+    side = table.uns["histrata"].get("patch_size_level0")
+    if side is None or not spots.is_file():
+        return False
+    slide = read_table(spots, written_by="spots")
+    table.uns["spatial"] = slide.uns["spatial"]
+    table.uns["spatial"][path.stem]["scalefactors"]["spot_diameter_fullres"] = side
+    table.uns["histrata"]["mpp"] = slide.uns["histrata"]["mpp"]
+    return True
+
+
 def _draw_risk(path: Path) -> Figure | None:
     """Draw one slide; None where the model saw none of its spots."""
     table = read_table(path, written_by="survival evaluate")
     if lacking := {"risk_contribution", "prototype", "fold"} - set(table.obs):
         raise TableError(f"{path}: obs has no '{min(lacking)}'; write it with `histrata survival evaluate`")
     seen = table.obs["risk_contribution"].notna().to_numpy()
-    if not seen.any():
+    if not seen.any() or not ("spatial" in table.uns or _put_on_slide(table, path)):
         return None
     panels: dict[str, Values] = {"adds to the risk": table.obs["risk_contribution"].to_numpy()[seen]}
     prototypes = pd.Categorical(table.obs["prototype"][seen]).remove_unused_categories()

@@ -17,10 +17,9 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from histrata.errors import HistrataError
-from histrata.folds import Fold, make_patient_folds
 from histrata.survival.cohort import Cohort
 from histrata.survival.cox import CoxFit, CoxModel
-from histrata.survival.fitting import Fit, SurvivalModel
+from histrata.survival.fitting import Fit, SurvivalModel, folds_within
 from histrata.survival.methods import BASELINE, CONTROL, MODEL, Method, ensemble, scale_of
 
 log = logging.getLogger(__name__)
@@ -92,7 +91,14 @@ def baseline_methods(
 
 
 def model_methods(
-    name: str, fit: Fit, cohort: Cohort, *, uses: Sequence[str], inner_folds: int = 5, draws: bool = True
+    name: str,
+    fit: Fit,
+    cohort: Cohort,
+    *,
+    uses: Sequence[str],
+    inner_folds: int = 5,
+    draws: bool = True,
+    risks: Fit | None = None,
 ) -> dict[str, Method]:
     """Stand a model beside itself with covariates, and beside itself with each of its modalities shuffled.
 
@@ -110,10 +116,12 @@ def model_methods(
         See `with_covariates`.
     draws
         Whether the fit depends on the seed.
+    risks
+        Fits it where its curves are not asked for, if that is cheaper.
     """
     methods = {name: Method(fit, MODEL, draws)}
     if cohort.covariates and "covariates" not in uses:
-        methods[f"{name}_covariates"] = Method(with_covariates(fit, inner_folds), MODEL, draws)
+        methods[f"{name}_covariates"] = Method(with_covariates(risks or fit, inner_folds), MODEL, draws)
     here = {"covariates": bool(cohort.covariates), "rna": cohort.rna is not None}
     here["bags"] = bool(cohort.features) or cohort.bags is not None
     for modality in uses:
@@ -200,7 +208,7 @@ def with_covariates(fit: Fit, inner_folds: int = 5, penalizer: float = 0.1) -> F
     def fit_both(cohort: Cohort, seed: int) -> SurvivalModel:
         train = cohort.followed()
         held = np.zeros(len(train))
-        for inner in _inner_folds(train, inner_folds, seed):
+        for inner in folds_within(train, inner_folds, seed):
             part = train.take(inner.train)
             model = fit(part, seed)
             centre, scale = scale_of(model.risk(part))
@@ -210,17 +218,6 @@ def with_covariates(fit: Fit, inner_folds: int = 5, penalizer: float = 0.1) -> F
         return WithCovariates(model, *scale_of(model.risk(train)), cox)
 
     return fit_both
-
-
-def _inner_folds(train: Cohort, k: int, seed: int) -> list[Fold]:
-    """Split training patients by site where it is known and can be done, else by patient."""
-    table = train.patients.reset_index()
-    if "site" in table and "site" not in train.covariates:
-        try:
-            return make_patient_folds(table, k, seed, site="site")
-        except HistrataError as error:
-            log.warning("The inner folds are by patient, not by site: %s", error)
-    return make_patient_folds(table, k, seed)
 
 
 def _join(cohort: Cohort, risk: Array) -> Cohort:

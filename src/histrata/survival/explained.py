@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import pandas as pd
 from histrata.survival.cohort import Cohort
 from histrata.survival.cox import CoxModel
 from histrata.survival.fitting import SurvivalModel
-from histrata.survival.instance_files import spots_of
+from histrata.survival.instance_files import patches_of, spots_of
 from histrata.survival.methods import Ensemble
 from histrata.survival.prototypes import PrototypeModel
-from histrata.survival.spots import write_spots
+from histrata.survival.spots import write_patches, write_spots
 from histrata.survival.training import NetworkModel
 
 log = logging.getLogger(__name__)
@@ -29,15 +29,18 @@ class Explained:
 
     Called with what `evaluate_survival` fits, it takes what the models of `main`, where they tell instances apart, say
     of the patients that they did not see: the mean of the contributions over the seeds, and the prototype of the first
-    seed, since prototypes of other seeds are others. Instances that were given ready-made have no spots to draw.
+    seed, since prototypes of other seeds are others. Of instances that were given ready-made, those of a folder of
+    features have places, and a table of them; others have none.
     """
 
     def __init__(self, cohort: Cohort, main: str) -> None:
         self.cohort, self.main = cohort, main
         drawn = "path" in cohort.slides and cohort.bags is not None
-        self.slides = cohort.slides[cohort.slides["path"].map(_is_embedding)] if drawn else cohort.slides[:0]
-        self.found: dict[str, tuple[Path, pd.DataFrame, str]] = {}
-        if drawn and (others := int(cohort.slides["path"].map(_is_named_so).sum()) - len(self.slides)):
+        placed = [_is_embedding(p) or _has_places(p, s) for p, s in _named(cohort.slides)] if drawn else []
+        self.slides = cohort.slides[placed] if drawn else cohort.slides[:0]
+        self.found: dict[str, tuple[Path, str, pd.DataFrame, str]] = {}
+        made = [_is_named_so(path) and not _is_embedding(path) for path, _ in _named(cohort.slides)] if drawn else []
+        if others := sum(made):
             log.warning("%d slide(s) were not embedded by Histrata; no risk is told of their instances.", others)
 
     def __call__(self, method: str, fold: str, models: Sequence[SurvivalModel], patients: Sequence[str]) -> None:
@@ -46,8 +49,8 @@ class Explained:
         if method != self.main or not telling or self.cohort.bags is None:
             return
         asked = self.slides[self.slides["patient_id"].isin(patients)]
-        columns = (asked["slide_id"], asked["path"].map(Path), asked["row"].astype(int), asked["n_spots"].astype(int))
-        for slide, path, row, n_spots in zip(*columns, strict=True):
+        columns = (asked[c].tolist() for c in ("slide_id", "patient_id", "path", "row", "n_spots"))
+        for slide, patient, path, row, n_spots in zip(*columns, strict=True):
             instances = self.cohort.bags.instances[row : row + n_spots]
             if not len(instances):
                 continue
@@ -56,10 +59,9 @@ class Explained:
                 {
                     "risk_contribution": np.mean([contribution for contribution, _ in told], axis=0),
                     "prototype": [telling[0].name_prototype(int(index)) for index in told[0][1]],
-                },
-                index=spots_of(path),
+                }
             )
-            self.found[str(slide)] = (path, found, fold)
+            self.found[str(slide)] = (Path(path), str(patient), found, fold)
 
     def rest(self, final: SurvivalModel) -> None:
         """Look at the slides that no fold held out with the final model."""
@@ -71,8 +73,21 @@ class Explained:
         """Write a table for each slide into a folder, in place of what an earlier run left there."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for slide, (embedding, found, fold) in sorted(self.found.items()):
-            write_spots(embedding, found, folder / f"{slide}.h5ad", fold, provenance)
+        for slide, (path, patient, found, fold) in sorted(self.found.items()):
+            out = folder / f"{slide}.h5ad"
+            if _is_named_so(path):
+                write_spots(path, found.set_axis(spots_of(path)), out, fold, provenance)
+            elif patches := patches_of(path):
+                write_patches(slide, patient, *patches, found, out, fold, provenance)
+
+
+def _named(slides: pd.DataFrame) -> Iterator[tuple[Path, str]]:
+    return zip(slides["path"].map(Path), slides["slide_id"].map(str), strict=True)
+
+
+def _has_places(path: Path, slide: str) -> bool:
+    """Say whether this is the file of one slide in a folder of features, and tells where its patches lie."""
+    return path.suffix == ".h5" and path.stem == slide and patches_of(path) is not None
 
 
 def _is_named_so(path: Any) -> bool:

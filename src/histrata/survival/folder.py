@@ -37,20 +37,20 @@ def read_config(folder: Path, form: str) -> dict[str, Any]:
     return config
 
 
-def read_arrays(folder: Path, names: Collection[str], maybe: Collection[str] = ()) -> dict[str, NDArray[Any]]:
+def read_arrays(folder: Path, names: Collection[str]) -> dict[str, NDArray[Any]]:
     """Return the arrays of model.safetensors by name.
 
     Raises
     ------
     HistrataError
-        The file cannot be read, or holds other arrays than `names`, and `maybe` some more.
+        The file cannot be read, or holds other arrays than `names`.
     """
     file = folder / "model.safetensors"
     try:
         arrays: dict[str, NDArray[np.generic]] = load_file(file)
     except (OSError, SafetensorError) as error:
         raise HistrataError(f"{file} is not a readable file of weights ({error}); train the model again.") from error
-    if set(arrays) - set(maybe) != set(names):
+    if set(arrays) != set(names):
         raise HistrataError(
             f"{file} does not hold the arrays that its config.json describes ({', '.join(sorted(names))}); "
             "train the model again."

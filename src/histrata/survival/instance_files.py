@@ -77,6 +77,37 @@ def spots_of(path: Path) -> NDArray[np.str_]:
     return np.sort(names if kept is None else names[kept], kind="stable")
 
 
+def patches_of(path: Path) -> tuple[NDArray[np.float64], float | None] | None:
+    """Return where the patches of a slide lie, in the order in which they are its patient's instances.
+
+    Parameters
+    ----------
+    path
+        A file of features that TRIDENT or CLAM wrote for one slide.
+
+    Returns
+    -------
+    float64 (n, 2), the upper left corners (x, y) in level-0 px, and the side of a patch in the same unit, None where
+    the file does not tell it (TRIDENT's `patch_size_level0`); None where the places are not told, or not unique.
+    """
+    with h5py.File(path) as file:
+        if "coords" not in file:
+            return None
+        coords, side = _coords(file), file["coords"].attrs.get("patch_size_level0")
+    order = _by_place(coords)
+    return None if order is None else (coords[order].astype(np.float64), None if side is None else float(side))
+
+
+def _coords(file: h5py.File) -> NDArray[Any]:
+    return np.asarray(file["coords"][()]).reshape(-1, 2)
+
+
+def _by_place(coords: NDArray[Any]) -> NDArray[np.int64] | None:
+    """Sort by row and column; None for two patches of one place, which have no order but that of their values."""
+    unique = len(np.unique(coords, axis=0)) == len(coords)
+    return np.lexsort((coords[:, 0], coords[:, 1])).astype(np.int64) if unique else None
+
+
 def open_instances(
     path: Path, patient_of: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
 ) -> list[Source]:
@@ -359,7 +390,7 @@ def _open_features(path: Path, slide: str, patient: str) -> Source | None:
     try:
         with h5py.File(path) as file:
             n, width, dtype = _shape(file, path)
-            coords = np.asarray(file["coords"][()]).reshape(-1, 2) if "coords" in file else None
+            coords = _coords(file) if "coords" in file else None
     except _READ_ERRORS as error:
         raise TableError(f"{path}: not a readable file of features ({quoted(error)}); make it again.") from error
     if not n:
@@ -370,9 +401,7 @@ def _open_features(path: Path, slide: str, patient: str) -> Source | None:
     if coords is not None:
         if len(coords) != n:
             raise TableError(f"{path}: coords has {len(coords)} rows and features {n}; make the file again.")
-        places = np.lexsort((coords[:, 0], coords[:, 1]))
-        # Two patches of one place have no order but that of their values.
-        if len(np.unique(coords, axis=0)) == n:
+        if (places := _by_place(coords)) is not None:
             order = np.argsort(places).astype(np.int64)
     blocks = partial(_h5_blocks, path, rows_at_once(width))
     return Source(path, (slide,), (patient,), np.zeros(n, np.int64), order, tuple(_numbered(width)), dtype, blocks)

@@ -82,7 +82,9 @@ class SurvivalOptions:
             make_config(PrototypeOptions, self.model_options)
         self.training(self.model)
 
-    def training(self, model: str, modalities: tuple[str, ...] = ("histology", "rna")) -> TrainingOptions:
+    def training(
+        self, model: str, modalities: tuple[str, ...] = ("histology", "rna"), *, shrink: bool = True
+    ) -> TrainingOptions:
         """Return how a network is trained."""
         return TrainingOptions(
             model=model,
@@ -94,6 +96,7 @@ class SurvivalOptions:
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
+            shrink=shrink,
             device=self.device,
         )
 
@@ -136,7 +139,16 @@ def plan_methods(cohort: Cohort, options: SurvivalOptions) -> Plan:
         penalizer=options.penalizer,
         more=more,
     )
-    methods |= model_methods(main, fit, cohort, uses=uses, inner_folds=_INNER_FOLDS, draws=main != COX)
+    network = main not in (COX, PROTOTYPES)
+    methods |= model_methods(
+        main,
+        fit,
+        cohort,
+        uses=uses,
+        inner_folds=_INNER_FOLDS,
+        draws=main != COX,
+        risks=network_method(options.training(main, shrink=False)) if network else None,
+    )
     if not options.controls:
         methods = {name: method for name, method in methods.items() if method.kind != CONTROL}
     return Plan(methods, main)
