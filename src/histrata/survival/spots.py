@@ -67,7 +67,7 @@ def write_patches(
     found, out, fold, provenance
         See `write_spots`; `found` has a row for each patch, in the same order.
     """
-    names = [f"{slide_id}:{x:g}x{y:g}" for x, y in corners]
+    names = [f"{slide_id}:{x:.15g}x{y:.15g}" for x, y in corners]
     obs = pd.DataFrame({"slide_id": slide_id, "patient_id": patient_id}, index=names).astype("category")
     table = ad.AnnData(np.zeros((len(names), 0), np.float32), obs=obs)
     table.obsm["spatial"] = corners if side is None else corners + side / 2
