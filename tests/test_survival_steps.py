@@ -37,7 +37,7 @@ from histrata.survival import (
 from histrata.survival.bags import Bags
 from histrata.survival.cox import CoxModel
 from histrata.survival.folder import FILES
-from histrata.survival.plan import MODELS
+from histrata.survival.plan import MODELS, fit_seeds
 from histrata.survival.prototypes import PrototypeModel, fit_prototypes
 from histrata.tables import on_spots, spots_table, write_table
 
@@ -103,6 +103,28 @@ def test_the_model_stands_beside_its_baselines(out: Path) -> None:
     pairs = summary[(summary["method"] == "pibd") & (summary["metric"] == "harrell_c") & (summary["baseline"] != "")]
     assert {"constant", "covariates", "rna_pca", "attention_mil"} <= set(pairs["baseline"])
     assert set(pd.read_csv(out / "calibration.tsv", sep="\t")["horizon"]) == {5.0}
+
+
+def test_the_model_with_the_covariates_is_kept_too(inputs: Inputs, out: Path, tmp_path: Path) -> None:
+    cohort = inputs.read()
+    folder = out / "model" / "with_covariates"
+    model = load_model(folder)
+    fitted = fit_seeds(plan_methods(cohort, FAST).methods["pibd_covariates"], cohort, FAST.seeds)
+    np.testing.assert_allclose(model.risk(cohort), fitted.risk(cohort), atol=1e-6)
+    np.testing.assert_allclose(model.survival(cohort, [1, 5]), fitted.survival(cohort, [1, 5]), atol=1e-6)
+    card = (folder / "card.md").read_text()
+    assert "ridge Cox regression on its risk and the covariates, `pibd_covariates`" in card
+    assert "- covariates: age\n" in card
+    assert (out / "alone" / "with_covariates" / "config.json").is_file()
+    # Any subset of what it reads: the covariates alone, and all but them.
+    sheet = pd.read_csv(inputs.patients, sep="\t")
+    sheet.drop(columns="age").to_csv(tmp_path / "bare.tsv", sep="\t", index=False)
+    for given in (Inputs(inputs.patients), replace(inputs, patients=tmp_path / "bare.tsv"), inputs):
+        predict(given, folder, tmp_path / "risk.tsv")
+        table = pd.read_csv(tmp_path / "risk.tsv", sep="\t")
+        assert np.isfinite(table["risk"]).all()
+        assert table["risk"].nunique() > 5
+    np.testing.assert_allclose(table["risk"], model.risk(cohort), atol=1e-5)
 
 
 @pytest.mark.parametrize("side", [200, None])
@@ -201,6 +223,9 @@ def test_embeddings_of_others_are_used_and_not_drawn(
 
 def test_training_alone_writes_the_model_of_the_evaluation(inputs: Inputs, out: Path, tmp_path: Path) -> None:
     files = ["card.md", "config.json", *(f"seed-{i}/{name}" for i in range(2) for name in FILES)]
+    joined = [f"seed-{i}/{part}{name}" for i in range(2) for part in ("cox/", "model/") for name in FILES]
+    joined += [f"seed-{i}/config.json" for i in range(2)]
+    files += [f"with_covariates/{name}" for name in ("card.md", "config.json", *joined)]
     assert {str(p.relative_to(out / "model")) for p in (out / "model").rglob("*.*")} == set(files)
     for file in files:
         assert (out / "alone" / file).read_bytes() == (out / "model" / file).read_bytes(), file

@@ -21,6 +21,7 @@ from histrata.survival.cohort import Cohort
 from histrata.survival.cox import CoxFit, CoxModel
 from histrata.survival.fitting import Fit, SurvivalModel, folds_within
 from histrata.survival.methods import BASELINE, CONTROL, MODEL, Method, ensemble, scale_of
+from histrata.survival.text import tell
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +184,10 @@ class WithCovariates:
         return self.cox.survival(self._joined(cohort), times)
 
     def _joined(self, cohort: Cohort) -> Cohort:
+        names = [covariate.name for covariate in self.cox.covariates if covariate.name != _MODEL_RISK]
+        if not set(names) & set(cohort.patients):
+            tell("covariate(s) of the survival model are not in the patient sheet and say nothing", names)
+            cohort = replace(cohort, patients=cohort.patients.assign(**dict.fromkeys(names, np.nan)))
         return _join(cohort, (self.model.risk(cohort) - self.centre) / self.scale)
 
 

@@ -20,11 +20,14 @@ _WHAT = {
 def write_card(followed: Cohort, main: str, seeds: int, figures: pd.DataFrame | None) -> str:
     """Return the card, in Markdown; `figures` is the summary of the evaluation."""
     slides = int((followed.patients["n_spots"] > 0).sum())
+    model = main.removesuffix("_covariates")
+    also = "" if model == main else ", and ridge Cox regression on its risk and the covariates"
+    reads = main == "cox" or model != main
     return "\n".join(
         [
             "# Survival model",
             "",
-            f"{_WHAT[main]}, `{main}`{f', mean of {seeds} seeds' if main != 'cox' else ''}; schema version "
+            f"{_WHAT[model]}{also}, `{main}`{f', mean of {seeds} seeds' if main != 'cox' else ''}; schema version "
             f"{SCHEMA_VERSION}.",
             "",
             "## Intended use",
@@ -38,7 +41,7 @@ def write_card(followed: Cohort, main: str, seeds: int, figures: pd.DataFrame | 
             f"- {slides} of them with instances, of {len(followed.features)} features",
             f"- {int(followed.has_rna.sum())} of them with RNA: {len(followed.genes)} genes, "
             f"{len(followed.pathways)} gene sets",
-            f"- covariates: {', '.join(followed.covariates) or 'none'}{'' if main == 'cox' else ' (not read)'}",
+            f"- covariates: {', '.join(followed.covariates) or 'none'}{'' if reads else ' (not read)'}",
             "",
             "## How well it predicts held-out patients",
             "",

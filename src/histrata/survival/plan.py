@@ -160,6 +160,15 @@ def fit_main(cohort: Cohort, options: SurvivalOptions) -> tuple[SurvivalModel, s
     return fit_seeds(Method(fit, draws=main != COX), cohort, options.seeds), main
 
 
+def fit_finals(plan: Plan, cohort: Cohort, seeds: int) -> dict[str, SurvivalModel]:
+    """Fit the model and, where it does not read the covariates, the model with them, by their names.
+
+    To all patients who have follow-up, with every seed.
+    """
+    names = (plan.main, f"{plan.main}_covariates")
+    return {name: fit_seeds(plan.methods[name], cohort, seeds) for name in names if name in plan.methods}
+
+
 def fit_seeds(method: Method, cohort: Cohort, seeds: int) -> SurvivalModel:
     """Fit a method, where it draws with every seed, to all patients who have follow-up."""
     train = cohort.followed()

@@ -1,4 +1,4 @@
-"""Fitted survival models as folders: ridge Cox, prototypes and ridge Cox, a network, or models of several seeds."""
+"""Fitted survival models as folders: ridge Cox, prototypes and ridge Cox, a network, with the covariates, of seeds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from histrata.errors import HistrataError
 from histrata.survival import cox, prototypes, training
+from histrata.survival.baselines import WithCovariates
 from histrata.survival.cox import CoxModel, load_cox, save_cox
 from histrata.survival.fitting import SurvivalModel
 from histrata.survival.methods import Ensemble
@@ -18,6 +19,7 @@ from histrata.survival.prototypes import PrototypeModel, load_prototypes, save_p
 from histrata.survival.training import NetworkModel, load_network, save_network
 
 FORMAT = "histrata-survival-ensemble-1"
+_JOINED = "histrata-survival-with-covariates-1"
 _LOADERS: dict[str, Callable[[Path], SurvivalModel]] = {
     cox.FORMAT: load_cox,
     prototypes.FORMAT: load_prototypes,
@@ -28,7 +30,8 @@ _LOADERS: dict[str, Callable[[Path], SurvivalModel]] = {
 def save_model(model: SurvivalModel, folder: Path, config: Mapping[str, Any]) -> None:
     """Write a model into a folder: config.json (with `config` beside what the model needs) and the weights.
 
-    Weights are model.safetensors; those of several seeds lie in the folders seed-0, seed-1, ...
+    Weights are model.safetensors; those of several seeds lie in the folders seed-0, seed-1, ..., those of a model with
+    the covariates in `model` and `cox`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, CoxModel):
@@ -43,10 +46,17 @@ def save_model(model: SurvivalModel, folder: Path, config: Mapping[str, Any]) ->
             save_model(member, folder / name, {})
         content = {"format": FORMAT, "members": names, "centres": model.centres.tolist(), "cut": model.cut}
         # The scale of a constant risk is infinite, which JSON does not know: its inverse is 0.
-        content |= {"inverse_scales": (1 / model.scales).tolist(), **config}
-        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write(folder, content | {"inverse_scales": (1 / model.scales).tolist(), **config})
+    elif isinstance(model, WithCovariates):
+        save_model(model.model, folder / "model", {})
+        save_model(model.cox, folder / "cox", {})
+        _write(folder, {"format": _JOINED, "centre": model.centre, "inverse_scale": 1 / model.scale, **config})
     else:
         raise TypeError(f"a {type(model).__name__} cannot be saved")
+
+
+def _write(folder: Path, content: Mapping[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model(folder: Path) -> SurvivalModel:
@@ -68,9 +78,13 @@ def load_model(folder: Path) -> SurvivalModel:
         raise HistrataError(f"{file} is not the config of a survival model; train the model again.") from error
     if kind in _LOADERS:
         return _LOADERS[kind](folder)
+    if kind == _JOINED:
+        inverse = float(config["inverse_scale"])
+        scale = 1 / inverse if inverse else np.inf
+        return WithCovariates(load_model(folder / "model"), config["centre"], scale, load_cox(folder / "cox"))
     if kind != FORMAT:
         raise HistrataError(
-            f"{file} has the format '{kind}' where one of {', '.join(_LOADERS)} and {FORMAT} was expected; "
+            f"{file} has the format '{kind}' where one of {', '.join((*_LOADERS, _JOINED))} and {FORMAT} was expected; "
             "train the model again with this version."
         )
     members = tuple(load_model(folder / name) for name in config["members"])

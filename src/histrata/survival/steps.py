@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from histrata.survival.explained import Explained
 from histrata.survival.figures import draw_kaplan_meier
 from histrata.survival.fitting import SurvivalModel
 from histrata.survival.inputs import Inputs
-from histrata.survival.plan import SurvivalOptions, fit_main, fit_seeds, plan_methods
+from histrata.survival.plan import SurvivalOptions, fit_finals, plan_methods
 from histrata.survival.saved import load_model, save_model
 from histrata.survival.table import cohort_table
 
@@ -79,7 +79,8 @@ def evaluate(
         tau=tau,
         watch=explained,
     )
-    final = fit_seeds(plan.methods[plan.main], cohort, options.seeds)
+    finals = fit_finals(plan, cohort, options.seeds)
+    final = finals[plan.main]
     explained.rest(final)
     table = cohort_table(cohort, result, plan.main, final, times)
     parameters = {"folds": folds, "horizons": list(horizons), "tau": tau, "seed": seed}
@@ -94,13 +95,14 @@ def evaluate(
     title = f"Held-out patients of {len(splits)} folds, {plan.main.replace('_', ' ')}"
     draw_kaplan_meier(shown, out / "kaplan_meier.png", title)
     explained.write(out / "spots", signed)
-    _write_model(final, plan.main, cohort, inputs, options, out / "model", out / "summary.tsv")
+    _write_models(finals, cohort, inputs, options, out / "model", out / "summary.tsv")
 
 
 def train(inputs: Inputs, out: Path, options: SurvivalOptions | None = None, *, summary: Path | None = None) -> None:
     """Fit the model on every patient with follow-up, without judging it; write the folder `out` whole.
 
-    It holds config.json, card.md and weights; see `histrata.survival.saved`.
+    It holds config.json, card.md and weights; see `histrata.survival.saved`. Of a model that does not read the
+    covariates, `with_covariates` in it holds the model with them, `<model>_covariates` of the evaluation.
 
     Parameters
     ----------
@@ -113,23 +115,21 @@ def train(inputs: Inputs, out: Path, options: SurvivalOptions | None = None, *, 
     """
     options = options or SurvivalOptions()
     cohort = inputs.read(out.parent / "bags")
-    model, main = fit_main(cohort, options)
-    _write_model(model, main, cohort, inputs, options, out, summary)
+    finals = fit_finals(plan_methods(cohort, options), cohort, options.seeds)
+    _write_models(finals, cohort, inputs, options, out, summary)
 
 
-def _write_model(
-    model: SurvivalModel,
-    main: str,
+def _write_models(
+    finals: Mapping[str, SurvivalModel],
     cohort: Cohort,
     inputs: Inputs,
     options: SurvivalOptions,
     out: Path,
     summary: Path | None,
 ) -> None:
-    """Write the folder of a final model."""
+    """Write the folder of the final model, and in it, as `with_covariates`, that of the model with the covariates."""
     followed = cohort.followed()
     config = {
-        "method": main,
         "n_patients": len(followed),
         "n_events": int(followed.event.sum()),
         "times": _curve_times(followed).tolist(),
@@ -137,8 +137,9 @@ def _write_model(
     }
     figures = pd.read_csv(summary, sep="\t") if summary else None
     with whole(out) as part:
-        save_model(model, part, config)
-        (part / "card.md").write_text(write_card(followed, main, options.seeds, figures), encoding="utf-8")
+        for (name, model), folder in zip(finals.items(), (part, part / "with_covariates"), strict=False):
+            save_model(model, folder, {"method": name, **config})
+            (folder / "card.md").write_text(write_card(followed, name, options.seeds, figures), encoding="utf-8")
 
 
 def predict(inputs: Inputs, model: Path, out: Path) -> None:
@@ -153,7 +154,7 @@ def predict(inputs: Inputs, model: Path, out: Path) -> None:
         As for `evaluate`; any of the modalities that the model reads may be missing, for one patient or for all, and
         follow-up is not looked at.
     model
-        Folder that `train` wrote.
+        Folder that `train` wrote, or `with_covariates` in it.
     out
         Table to write.
     """
