@@ -20,8 +20,9 @@ from histrata.survival import (
     evaluate,
     evaluate_survival,
     fit_cox,
-    fit_main,
+    fit_finals,
     load_cox,
+    plan_methods,
     read_cohort,
 )
 from histrata.survival.baselines import baseline_methods
@@ -316,7 +317,7 @@ def test_a_model_without_an_event_or_with_odd_parameters_is_refused():
         fit_cox(cohort, pool=False, covariates=True, penalizer=0)
     bare = read_cohort(cohort.patients.reset_index()[["patient_id", "time", "event"]], [])
     with pytest.raises(HistrataError, match="neither embeddings, instances, RNA nor covariates"):
-        fit_main(bare, SurvivalOptions())
+        plan_methods(bare, SurvivalOptions())
 
 
 # --- the evaluation -----------------------------------------------------------------------------
@@ -436,7 +437,8 @@ def test_a_small_cohort_from_files_to_scanpy(tmp_path):
 
     model = load_cox(out / "model")
     cohort = read_cohort(sheet.drop(index=12), paths)
-    np.testing.assert_array_equal(model.risk(cohort), fit_main(cohort, SurvivalOptions())[0].risk(cohort))
+    fitted = fit_finals(plan_methods(cohort, SurvivalOptions()), cohort, seeds=1)["cox"]
+    np.testing.assert_array_equal(model.risk(cohort), fitted.risk(cohort))
     card = (out / "model" / "card.md").read_text()
     assert "11 patients with follow-up" in card
     assert "| constant | harrell_c | 0.500 |" in card
@@ -457,7 +459,7 @@ def test_too_few_events_leave_nothing_behind(inputs, tmp_path):
 def test_a_model_of_other_features_or_format_is_refused(inputs, tmp_path):
     sheet, paths = inputs
     cohort = read_cohort(sheet, paths)
-    model, _ = fit_main(cohort, SurvivalOptions())
+    model = fit_finals(plan_methods(cohort, SurvivalOptions()), cohort, seeds=1)["cox"]
     other = type(cohort)(cohort.patients, cohort.pool[:, :3], cohort.features[:3], (), cohort.slides)
     with pytest.raises(TableError, match="embed them"):
         model.risk(other)

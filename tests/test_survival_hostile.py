@@ -120,10 +120,12 @@ def test_one_instance_none_and_float64(sound: Files, tmp_path: Path, model: str)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_all_instances_alike(sound: Files, tmp_path: Path, model: str) -> None:
+def test_all_instances_alike(sound: Files, tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Patients of one image are one subject, whom nothing can be split by: what needs that is left out, and told."""
     table = trained(replace(sound, bags={i: np.ones((2, D), np.float32) for i in IDS}), tmp_path, model)
     if model in ("prototypes", "attention_mil"):
         assert table["risk"].nunique() == 1
+    assert ("No model with the covariates is written" in caplog.text) == (model != "cox")
 
 
 @pytest.mark.parametrize("model", MODELS)

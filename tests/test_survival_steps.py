@@ -26,7 +26,7 @@ from histrata.survival import (
     Inputs,
     SurvivalOptions,
     evaluate,
-    fit_main,
+    fit_finals,
     load_model,
     plan_methods,
     predict,
@@ -37,7 +37,7 @@ from histrata.survival import (
 from histrata.survival.bags import Bags
 from histrata.survival.cox import CoxModel
 from histrata.survival.folder import FILES
-from histrata.survival.plan import MODELS, fit_seeds
+from histrata.survival.plan import MODELS
 from histrata.survival.prototypes import PrototypeModel, fit_prototypes
 from histrata.tables import on_spots, spots_table, write_table
 
@@ -109,7 +109,7 @@ def test_the_model_with_the_covariates_is_kept_too(inputs: Inputs, out: Path, tm
     cohort = inputs.read()
     folder = out / "model" / "with_covariates"
     model = load_model(folder)
-    fitted = fit_seeds(plan_methods(cohort, FAST).methods["pibd_covariates"], cohort, FAST.seeds)
+    fitted = fit_finals(plan_methods(cohort, FAST), cohort, FAST.seeds)["pibd_covariates"]
     np.testing.assert_allclose(model.risk(cohort), fitted.risk(cohort), atol=1e-6)
     np.testing.assert_allclose(model.survival(cohort, [1, 5]), fitted.survival(cohort, [1, 5]), atol=1e-6)
     card = (folder / "card.md").read_text()
@@ -383,24 +383,24 @@ def test_prototypes_find_shares_among_many_noisy_means() -> None:
 
 def test_the_network_of_the_mean_stands_beside_the_baseline_of_that_name(inputs: Inputs) -> None:
     cohort = inputs.read()
-    methods, main = plan_methods(cohort, replace(FAST, model="mean_mil", controls=True))
+    plan = plan_methods(cohort, replace(FAST, model="mean_mil", controls=True))
+    methods, main = plan
     assert main == "mean_mil"
     assert [name for name, method in methods.items() if method.kind == "model"] == [main, f"{main}_covariates"]
     assert methods["mean_pool"].kind == methods["attention_mil"].kind == "baseline"
     assert f"{main}_shuffled_bags" in methods
     assert f"{main}_shuffled_rna" not in methods
-    model, name = fit_main(cohort, replace(FAST, model="mean_mil"))
-    assert name == main
-    assert [member.model for member in model.members] == ["mean_mil"] * 2
+    models = fit_finals(plan, cohort, seeds=2)
+    assert list(models) == [main, f"{main}_covariates"]
+    assert [member.model for member in models[main].members] == ["mean_mil"] * 2
 
 
 @pytest.mark.parametrize("model", ["prototypes", "mean_mil", "attention_mil"])
 def test_a_model_that_has_nothing_to_read_is_refused(inputs: Inputs, model: str) -> None:
     cohort = replace(inputs, embeddings=()).read()
-    for refuse in (fit_main, plan_methods):
-        with pytest.raises(HistrataError, match=f"survival.model is {model}, and there is nothing .*--model cox"):
-            refuse(cohort, replace(FAST, model=model))
-    assert fit_main(cohort, replace(FAST, model="cox"))[1] == "cox"
+    with pytest.raises(HistrataError, match=f"survival.model is {model}, and there is nothing .*--model cox"):
+        plan_methods(cohort, replace(FAST, model=model))
+    assert plan_methods(cohort, replace(FAST, model="cox")).main == "cox"
 
 
 def test_models_of_the_schema_and_of_the_command_are_those_there_are() -> None:

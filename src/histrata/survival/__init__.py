@@ -8,7 +8,7 @@ from histrata.survival.cohort import Cohort, read_cohort
 from histrata.survival.cox import CoxModel, fit_cox, load_cox
 from histrata.survival.evaluation import Evaluation, evaluate_survival
 from histrata.survival.inputs import Inputs
-from histrata.survival.plan import SurvivalOptions, fit_main, plan_methods
+from histrata.survival.plan import SurvivalOptions, fit_finals, plan_methods
 from histrata.survival.saved import load_model, save_model
 from histrata.survival.steps import evaluate, predict, train
 from histrata.survival.table import cohort_table
@@ -23,7 +23,7 @@ __all__ = [
     "evaluate",
     "evaluate_survival",
     "fit_cox",
-    "fit_main",
+    "fit_finals",
     "load_cox",
     "load_model",
     "plan_methods",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ class Explained:
 
     def __init__(self, cohort: Cohort, main: str) -> None:
         self.cohort, self.main = cohort, main
-        drawn = "path" in cohort.slides and cohort.bags is not None
-        placed = [_is_embedding(p) or _has_places(p, s) for p, s in _named(cohort.slides)] if drawn else []
-        self.slides = cohort.slides[placed] if drawn else cohort.slides[:0]
+        slides = cohort.slides if cohort.bags is not None else cohort.slides[:0]
+        files = list(zip(map(Path, slides["path"]), map(str, slides["slide_id"]), strict=True))
+        placed = [_is_embedding(path) or _has_places(path, slide) for path, slide in files]
+        self.slides = slides[np.array(placed, bool)]
         self.found: dict[str, tuple[Path, str, pd.DataFrame, str]] = {}
-        made = [_is_named_so(path) and not _is_embedding(path) for path, _ in _named(cohort.slides)] if drawn else []
-        if others := sum(made):
+        if others := sum(_is_named_so(path) and not _is_embedding(path) for path, _ in files):
             log.warning("%d slide(s) were not embedded by Histrata; no risk is told of their instances.", others)
 
     def __call__(self, method: str, fold: str, models: Sequence[SurvivalModel], patients: Sequence[str]) -> None:
@@ -81,20 +81,16 @@ class Explained:
                 write_patches(slide, patient, *patches, found, out, fold, provenance)
 
 
-def _named(slides: pd.DataFrame) -> Iterator[tuple[Path, str]]:
-    return zip(slides["path"].map(Path), slides["slide_id"].map(str), strict=True)
-
-
 def _has_places(path: Path, slide: str) -> bool:
     """Say whether this is the file of one slide in a folder of features, and tells where its patches lie."""
     return path.suffix == ".h5" and path.stem == slide and patches_of(path) is not None
 
 
-def _is_named_so(path: Any) -> bool:
-    return Path(path).name == "embedding.h5ad"
+def _is_named_so(path: Path) -> bool:
+    return path.name == "embedding.h5ad"
 
 
-def _is_embedding(path: Any) -> bool:
+def _is_embedding(path: Path) -> bool:
     """Say whether these are instances of a slide with places to draw them at, and not ready-made ones."""
     if not _is_named_so(path):
         return False

@@ -154,19 +154,20 @@ def plan_methods(cohort: Cohort, options: SurvivalOptions) -> Plan:
     return Plan(methods, main)
 
 
-def fit_main(cohort: Cohort, options: SurvivalOptions) -> tuple[SurvivalModel, str]:
-    """Fit the model, with every seed, to all patients who have follow-up; give its name too."""
-    main, fit, _ = _main(cohort, options)
-    return fit_seeds(Method(fit, draws=main != COX), cohort, options.seeds), main
-
-
 def fit_finals(plan: Plan, cohort: Cohort, seeds: int) -> dict[str, SurvivalModel]:
     """Fit the model and, where it does not read the covariates, the model with them, by their names.
 
-    To all patients who have follow-up, with every seed.
+    To all patients who have follow-up, with every seed. The second is left out, with a warning, where the patients
+    cannot be split once more, which it needs.
     """
-    names = (plan.main, f"{plan.main}_covariates")
-    return {name: fit_seeds(plan.methods[name], cohort, seeds) for name in names if name in plan.methods}
+    models = {plan.main: fit_seeds(plan.methods[plan.main], cohort, seeds)}
+    joined = f"{plan.main}_covariates"
+    if joined in plan.methods:
+        try:
+            models[joined] = fit_seeds(plan.methods[joined], cohort, seeds)
+        except HistrataError as error:
+            log.warning("No model with the covariates is written: %s", error)
+    return models
 
 
 def fit_seeds(method: Method, cohort: Cohort, seeds: int) -> SurvivalModel:
