@@ -30,7 +30,7 @@ from histrata.survival.cohort import Cohort
 from histrata.survival.cox import Covariate, CoxFit, _turned, fit_cox, load_cox, save_cox
 from histrata.survival.evaluation import evaluate_survival
 from histrata.survival.figures import _said, draw_kaplan_meier
-from histrata.survival.methods import Ensemble, Method, ensemble
+from histrata.survival.methods import BASELINE, Ensemble, Method, ensemble
 from histrata.survival.metrics import (
     auc_at,
     brier_grid,
@@ -332,9 +332,13 @@ def test_no_method_finds_anything_in_noise(seed):
 
 def test_intervals_are_of_figures_that_can_be():
     cohort = make_cohort(40, rna=4.0, censoring=9.0)
-    result = evaluate_survival(cohort, folds_of(cohort), {"rna": Method(CoxFit(rna=True), draws=False)}, replicates=50)
-    assert result.summary["ci_high"].max() == 1
-    assert result.summary.query("metric != 'brier_skill'")["ci_low"].min() >= 0
+    methods = {"constant": Method(CoxFit(), BASELINE, draws=False), "rna": Method(CoxFit(rna=True), draws=False)}
+    summary = evaluate_survival(cohort, folds_of(cohort), methods, replicates=50).summary
+    bounded = summary[summary["metric"] != "brier_skill"]
+    assert bounded["ci_high"].max() == 1
+    assert summary.loc[summary["baseline"] == "", "ci_high"].max() == 1
+    assert bounded.loc[bounded["baseline"] == "", "ci_low"].min() >= 0
+    assert bounded["ci_low"].min() >= -1
 
 
 def test_tau_and_horizons_can_be_given_and_are_told():

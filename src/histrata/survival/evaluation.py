@@ -424,9 +424,8 @@ def _summary(judged: Mapping[str, _Judged]) -> pd.DataFrame:
     for name, one in judged.items():
         for metric, value in one.figures.items():
             of_seeds = [float(seed[metric][0]) for seed in one.seeds]
-            # Only a skill may be below 0.
-            low, high = np.clip(interval(one.draws[metric]), -np.inf if "skill" in metric else 0, 1)
-            figure = (name, metric, float(value[0]), float(low), float(high), one.patients(metric), one.kind, "")
+            low, high = _interval(one.draws[metric], -np.inf if "skill" in metric else 0, 1)
+            figure = (name, metric, float(value[0]), low, high, one.patients(metric), one.kind, "")
             spread = (np.mean(of_seeds), np.min(of_seeds), np.max(of_seeds))
             rows.append((*figure, np.nan, np.nan, "", len(of_seeds), *spread))
     summary = pd.DataFrame(rows, columns=[*_SUMMARY, *_SEEDS])
@@ -437,6 +436,12 @@ def _summary(judged: Mapping[str, _Judged]) -> pd.DataFrame:
         if len(part := _differences(name, one, _compared(name, judged), metric))
     ]
     return pd.concat([summary, *differences], ignore_index=True)
+
+
+def _interval(draws: Array, least: float, most: float) -> tuple[float, float]:
+    """Return the interval of a figure that lies between these: wider draws may lie beyond."""
+    low, high = np.clip(interval(draws), least, most)
+    return float(low), float(high)
 
 
 def _compared(name: str, judged: Mapping[str, _Judged]) -> dict[str, _Judged]:
@@ -451,7 +456,7 @@ def _differences(name: str, one: _Judged, others: Mapping[str, _Judged], metric:
     for other, it in others.items():
         value = float(one.figures[metric][0] - it.figures[metric][0])
         draws = one.draws[metric] - it.draws[metric]
-        low, high = interval(draws)
+        low, high = _interval(draws, *((-np.inf, np.inf) if "skill" in metric else (-1, 1)))
         rows.append((name, metric, value, low, high, one.patients(metric), one.kind, other, _p_value(value, draws)))
     table = pd.DataFrame(rows, columns=_SUMMARY[:9])
     table["p_holm"] = holm(table["p"])
