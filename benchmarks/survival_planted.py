@@ -37,9 +37,8 @@ def figures(seed: int, folder: Path, patients: int = PATIENTS) -> dict[str, floa
     test = cohort.take(ids[patients // 2 :])
     # No curve is asked for.
     model = fit_network(cohort.take(ids[: patients // 2]), seed, TrainingOptions(shrink=False))
-    kinds = (
-        pd.read_csv(folder / "made" / "truth" / "instances.tsv", sep="\t").groupby("patient_id")["kind"].agg(np.array)
-    )
+    truth = pd.read_csv(folder / "made" / "truth" / "instances.tsv", sep="\t")
+    kinds = truth.groupby("patient_id")["kind"].agg(np.array)
     return concordances(model, test) | selected(model, test, kinds)
 
 

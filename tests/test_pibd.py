@@ -24,7 +24,7 @@ from histrata.survival.cohort import Cohort
 from histrata.survival.evaluation import evaluate_survival
 from histrata.survival.hazards import Bins, breslow, cox_nll, hazard_nll, hazard_risk
 from histrata.survival.methods import Method
-from histrata.survival.metrics import brier_grid, brier_scores, horizon, kaplan_meier
+from histrata.survival.metrics import brier_grid, brier_scores, censoring_weights, horizon, kaplan_meier
 from histrata.survival.networks import Inputs, Standardise
 from histrata.survival.pibd import MutualInformation, PIBDConfig
 from histrata.survival.prototypes import fit_prototypes
@@ -646,7 +646,7 @@ def test_curves_are_as_sure_as_held_out_patients_bear_out(head):
         train, test = half(cohort, True), half(cohort, False)
         tau = horizon(train.time, train.event)
         cohort_curve = kaplan_meier(train.time, train.event, brier_grid(tau))
-        known = {"train_time": train.time, "train_event": train.event, "tau": tau}
+        known = {"weights": censoring_weights(train.time, train.event), "tau": tau}
         least = brier_scores(test.time, test.event, np.tile(cohort_curve, (len(test), 1)), **known).mean()
         for shrink in (True, False):
             model = fit_network(train, 0, replace(options, shrink=shrink))

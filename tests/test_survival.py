@@ -195,7 +195,7 @@ def test_concordance_agrees_with_lifelines_and_with_brute_force():
     ours = concordance(time, event, risk, event.astype(float))[0]
     assert ours == pytest.approx(concordance_index(time, -risk, event), abs=1e-12)
     assert ours == pytest.approx(brute_force_c(time, event, risk, event.astype(float)), abs=1e-12)
-    weight = uno_weights(time, event, time, event, horizon(time, event))
+    weight = uno_weights(time, event, censoring_weights(time, event), horizon(time, event))
     assert concordance(time, event, risk, weight)[0] == pytest.approx(
         brute_force_c(time, event, risk, weight), abs=1e-12
     )
@@ -213,7 +213,7 @@ def test_counts_are_the_same_as_repeated_patients():
 def test_uno_equals_harrell_before_tau_without_censoring():
     time, _, _ = rounded_cohort()
     event = np.ones(len(time), bool)
-    weight = uno_weights(time, event, time, event, np.inf)
+    weight = uno_weights(time, event, censoring_weights(time, event), np.inf)
     np.testing.assert_array_equal(weight, 1.0)
 
 
@@ -237,7 +237,7 @@ def test_brier_without_censoring_is_the_squared_error():
     tau = horizon(time, event)
     grid = (np.arange(100) + 0.5) / 100 * tau
     expected = (((time[:, None] > grid) - survival) ** 2).mean(axis=1)
-    ours = brier_scores(time, event, survival, train_time=time, train_event=event, tau=tau)
+    ours = brier_scores(time, event, survival, weights=censoring_weights(time, event), tau=tau)
     np.testing.assert_allclose(ours, expected)
 
 
@@ -247,9 +247,9 @@ def test_brier_does_not_depend_on_censoring():
     n, tau = 20_000, 1.5
     true, limit = rng.exponential(size=n), rng.exponential(2.0, size=n)
     survival = np.tile(np.exp(-1.2 * (np.arange(100) + 0.5) / 100 * tau), (n, 1))
-    full = brier_scores(true, np.ones(n, bool), survival, train_time=true, train_event=np.ones(n, bool), tau=tau)
+    full = brier_scores(true, np.ones(n, bool), survival, weights=censoring_weights(true, np.ones(n, bool)), tau=tau)
     time, event = np.minimum(true, limit), true <= limit
-    cut = brier_scores(time, event, survival, train_time=time, train_event=event, tau=tau)
+    cut = brier_scores(time, event, survival, weights=censoring_weights(time, event), tau=tau)
     assert cut.mean() == pytest.approx(full.mean(), abs=0.005)
 
 
@@ -260,7 +260,7 @@ def test_reference_values_on_tcga(data):
     harrell = concordance(time, event, table["age"], event.astype(float))[0]
     assert harrell == pytest.approx(0.574131, abs=1e-6)
     for tau, expected in ((24, 0.5547547), (60, 0.5536943), (np.inf, 0.5315515)):
-        weight = uno_weights(time, event, time, event, tau)
+        weight = uno_weights(time, event, censoring_weights(time, event), tau)
         assert concordance(time, event, table["age"], weight)[0] == pytest.approx(expected, abs=1e-6)
 
 

@@ -37,6 +37,7 @@ from histrata.survival.metrics import (
     brier_scores,
     calibration,
     case_weights,
+    censoring_weights,
     concordance,
     d_calibration,
     draw_patients,
@@ -120,16 +121,16 @@ def test_metrics_are_those_of_scikit_survival(sides):
         sksurv.concordance_index_censored(event, time, risk)[0], abs=1e-12
     )
     tau = horizon(train_time, train_event)
-    weight = uno_weights(time, event, train_time, train_event, tau)
+    weight = uno_weights(time, event, censoring_weights(train_time, train_event), tau)
     expected = sksurv.concordance_index_ipcw(train, test, risk, tau)[0]
     assert concordance(time, event, risk, weight)[0] == pytest.approx(expected, abs=1e-10)
     for at in (5.0, 10.0, 20.0):
-        ours = auc_at(time, risk, case_weights(time, event, train_time, train_event, at), at)[0]
+        ours = auc_at(time, risk, case_weights(time, event, censoring_weights(train_time, train_event), at), at)[0]
         expected = sksurv.cumulative_dynamic_auc(train, test, risk, [at])[0][0]
         assert ours == pytest.approx(expected, abs=1e-7)  # torchsurv's share of controls is float32
     grid = brier_grid(tau)
     curves = np.exp(-np.exp(risk)[:, None] * grid / 20)
-    ours = brier_scores(time, event, curves, train_time=train_time, train_event=train_event, tau=tau).mean()
+    ours = brier_scores(time, event, curves, weights=censoring_weights(train_time, train_event), tau=tau).mean()
     inside = grid > time.min()
     expected = sksurv.brier_score(train, test, curves[:, inside], grid[inside])[1]
     early = (curves[:, ~inside] - 1) ** 2
@@ -140,8 +141,8 @@ def test_draws_are_of_the_figures_themselves(sides):
     """What the bootstrap computes is what torchsurv does, when each patient counts once, and with ties everywhere."""
     (train_time, train_event), (time, event), risk = sides
     once = np.ones((1, len(time)))
-    uno = uno_weights(time, event, train_time, train_event, horizon(train_time, train_event))
-    cases = case_weights(time, event, train_time, train_event, 10.0)
+    uno = uno_weights(time, event, censoring_weights(train_time, train_event), horizon(train_time, train_event))
+    cases = case_weights(time, event, censoring_weights(train_time, train_event), 10.0)
     close = np.nextafter(risk, np.inf) * 1e-12  # not to be told apart in float32
     for r in (risk, np.round(risk), np.zeros(len(risk)), close + 5.0):
         for weight in (event.astype(float), uno):
@@ -172,7 +173,7 @@ def test_a_figure_that_no_pair_decides_is_not_known(time, event, comparable):
 def test_auc_by_hand_and_on_repeated_patients(sides):
     (train_time, train_event), (time, event), risk = sides
     at = 8.0
-    weight = case_weights(time, event, train_time, train_event, at)
+    weight = case_weights(time, event, censoring_weights(train_time, train_event), at)
     cases, controls = np.flatnonzero(weight), np.flatnonzero(time > at)
     right = sum(weight[i] * ((risk[i] > risk[j]) + 0.5 * (risk[i] == risk[j])) for i in cases for j in controls)
     once = np.ones((1, len(time)))

@@ -122,6 +122,11 @@ def provenance(parameters: dict[str, Any], inputs: dict[str, Path]) -> dict[str,
     }
 
 
+def separator(path: Path) -> str:
+    """Return what separates the cells of a text table, by its name."""
+    return "," if path.name.lower().removesuffix(".gz").endswith(".csv") else "\t"
+
+
 def write_tsv(table: pd.DataFrame, path: Path) -> None:
     """Write a table as TSV (no index, empty for missing values), whole or not at all."""
     with whole(path) as part:

@@ -20,6 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from histrata.errors import HistrataError, LeakError, quoted
+from histrata.files import separator
 
 log = logging.getLogger(__name__)
 
@@ -282,9 +283,8 @@ def _split_files(folder: Path, subject_of: Mapping[str, str]) -> dict[str, list[
 
 
 def _read_table(path: Path, expected: str) -> pd.DataFrame:
-    separator = "," if path.suffix.lower() == ".csv" else "\t"
     try:
-        return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        return pd.read_csv(path, sep=separator(path), dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise HistrataError(f"{path}: not a table of folds ({quoted(error)}); give {expected}") from error
 

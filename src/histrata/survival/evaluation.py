@@ -61,11 +61,13 @@ from histrata.survival.cohort import Cohort
 from histrata.survival.fitting import SurvivalModel
 from histrata.survival.methods import BASELINE, CONTROL, MODEL, Method, ensemble
 from histrata.survival.metrics import (
+    Weights,
     auc_at,
     brier_grid,
     brier_scores,
     calibration,
     case_weights,
+    censoring_weights,
     concordance,
     d_calibration,
     draw_patients,
@@ -168,9 +170,10 @@ def evaluate_survival(
     followed = cohort.followed()
     at = _horizons(followed) if horizons is None else tuple(float(h) for h in horizons)
     judged = {}
+    truths: dict[str, _Truth] = {}
     for name, method in methods.items():
         seen = None if watch is None else partial(watch, name)
-        parts = [_hold_out(cohort, fold, name, method, seeds, times, at, tau, seen) for fold in folds]
+        parts = [_hold_out(cohort, fold, name, method, seeds, times, at, tau, truths, seen) for fold in folds]
         held = pd.concat(parts, ignore_index=True)
         held.insert(0, "method", name)
         judged[name] = _Judged(held, method.kind, at, replicates, seed)
@@ -223,9 +226,13 @@ def _hold_out(
     times: ArrayLike,
     horizons: Sequence[float],
     tau: float | None,
+    truths: dict[str, _Truth],
     watch: Callable[[str, Sequence[SurvivalModel], Sequence[str]], None] | None = None,
 ) -> pd.DataFrame:
-    """Fit on the training side with each seed; predict the test side with their ensemble and with each of them."""
+    """Fit on the training side with each seed; predict the test side with their ensemble and with each of them.
+
+    `truths` of the folds are the same for all methods; one that it lacks is added.
+    """
     train, test = cohort.take(fold.train).followed(), cohort.take(fold.test).followed()
     if not len(test):
         raise HistrataError(
@@ -241,9 +248,12 @@ def _hold_out(
     voices: dict[str, SurvivalModel] = {_ENSEMBLE: ensemble(models, train)}
     if len(models) > 1:
         voices |= {str(seed): model for seed, model in zip(seeds, models, strict=True)}
-    common = _common(train, test, fold.name, horizons, horizon(train.time, train.event) if tau is None else tau)
+    if fold.name not in truths:
+        end = horizon(train.time, train.event) if tau is None else tau
+        truths[fold.name] = _truth(train, test, fold.name, horizons, end)
+    truth = truths[fold.name]
     try:
-        return pd.concat([_predict(model, train, test, common, voice, times) for voice, model in voices.items()])
+        return pd.concat([_predict(model, test, truth, voice, times) for voice, model in voices.items()])
     except HistrataError as error:
         raise type(error)(f"The method '{name}' cannot be judged on fold '{fold.name}': {error}") from error
 
@@ -273,11 +283,17 @@ class _Remembering:
         return self._curves[-1][2]
 
 
-def _common(train: Cohort, test: Cohort, fold: str, horizons: Sequence[float], tau: float) -> pd.DataFrame:
-    """Return what the metrics need of the held-out patients, whatever predicts them."""
-    known = (train.time, train.event)
-    reference = np.tile(kaplan_meier(*known, brier_grid(tau)), (len(test), 1))
-    return pd.DataFrame(
+class _Truth(NamedTuple):
+    """What the metrics need of the held-out patients of a fold, whatever predicts them: a table, and their weights."""
+
+    table: pd.DataFrame
+    weights: Weights
+
+
+def _truth(train: Cohort, test: Cohort, fold: str, horizons: Sequence[float], tau: float) -> _Truth:
+    weights = censoring_weights(train.time, train.event)
+    reference = np.tile(kaplan_meier(train.time, train.event, brier_grid(tau)), (len(test), 1))
+    table = pd.DataFrame(
         {
             "fold": fold,
             "patient_id": test.patients.index.to_numpy(),
@@ -285,27 +301,23 @@ def _common(train: Cohort, test: Cohort, fold: str, horizons: Sequence[float], t
             "event": test.event,
             "tau": tau,
             "n_train": len(train),
-            "uno_weight": uno_weights(test.time, test.event, *known, tau),
-            "brier_km": _brier(train, test, reference, tau),
+            "uno_weight": uno_weights(test.time, test.event, weights, tau),
+            "brier_km": brier_scores(test.time, test.event, reference, weights=weights, tau=tau),
         }
         | {
-            f"case_weight_{i}": case_weights(test.time, test.event, *known, at)
+            f"case_weight_{i}": case_weights(test.time, test.event, weights, at)
             if at < train.time.max()
             else np.zeros(len(test))
             for i, at in enumerate(horizons)
         }
         | {f"horizon_{i}": at for i, at in enumerate(horizons)}
     )
+    return _Truth(table, weights)
 
 
-def _brier(train: Cohort, test: Cohort, curves: Array, tau: float) -> Array:
-    return brier_scores(test.time, test.event, curves, train_time=train.time, train_event=train.event, tau=tau)
-
-
-def _predict(
-    model: SurvivalModel, train: Cohort, test: Cohort, common: pd.DataFrame, voice: str, times: ArrayLike
-) -> pd.DataFrame:
+def _predict(model: SurvivalModel, test: Cohort, truth: _Truth, voice: str, times: ArrayLike) -> pd.DataFrame:
     """Predict the held-out patients with one model."""
+    common = truth.table
     risk = np.asarray(model.risk(test), np.float64)
     if not np.isfinite(risk).all():
         patient = test.patients.index[~np.isfinite(risk)][0]
@@ -330,7 +342,7 @@ def _predict(
         risk=risk,
         rank=(rankdata(risk) - 0.5) / max(len(risk), 1),
         high=risk > model.cut,
-        brier=_brier(train, test, grid, tau),
+        brier=brier_scores(test.time, test.event, grid, weights=truth.weights, tau=tau),
         own=own[np.arange(len(test)), np.searchsorted(parts["own"], test.time)],
     )
     return pd.concat([predicted, *columns], axis=1)
@@ -344,7 +356,9 @@ class _Judged:
         self.horizons = horizons
         self.held = held[held["seed"] == _ENSEMBLE].reset_index(drop=True)
         singles = [part.reset_index(drop=True) for voice, part in held.groupby("seed") if voice != _ENSEMBLE]
-        self.figures = _figures(self.held, horizons)
+        self.folds = {fold: _metrics(part, "risk", horizons) for fold, part in self.held.groupby("fold")}
+        self.pooled = _metrics(self.held, "rank", horizons)
+        self.figures = self.pooled | _fold_means([*self.folds.values()])
         folds = self.held.groupby("fold")["n_train"].agg(["size", "first"])
         wider = np.sqrt(1 + float((folds["size"] / folds["first"]).sum()))
         # The same draws of patients for every method: the folds, and the patients in them, are the same.
@@ -358,10 +372,10 @@ class _Judged:
     def rows(self, name: str) -> list[dict[str, object]]:
         rows: list[dict[str, object]] = []
         for fold, part in [*self.held.groupby("fold"), ("pooled", self.held)]:
-            risk = "rank" if part["fold"].nunique() > 1 else "risk"
+            figures = self.pooled if fold == "pooled" else self.folds[fold]
             tau = part["tau"].iloc[0] if part["tau"].nunique() == 1 else np.nan
             also = {"n_patients": len(part), "n_events": int(part["event"].sum()), "kind": self.kind, "tau": tau}
-            for metric, value in _metrics(part, risk, self.horizons, None).items():
+            for metric, value in figures.items():
                 rows.append({"fold": fold, "method": name, "metric": metric, "value": float(value[0])} | also)
         return rows
 
@@ -388,15 +402,21 @@ def _figures(table: pd.DataFrame, horizons: Sequence[float], counts: Array | Non
 
     With `counts` (draws, patients), how often each patient counts, one of each draw.
     """
-    pooled = _metrics(table, "rank", horizons, counts)
     folds = [
         _concordances(part, "risk", None if counts is None else counts[:, part.index.to_numpy()])
         for _, part in table.groupby("fold", sort=False)
     ]
-    return pooled | {f"{metric}_fold_mean": np.mean([fold[metric] for fold in folds], axis=0) for metric in folds[0]}
+    return _metrics(table, "rank", horizons, counts) | _fold_means(folds)
 
 
-def _metrics(table: pd.DataFrame, risk: str, horizons: Sequence[float], counts: Array | None) -> dict[str, Array]:
+def _fold_means(folds: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Return the mean of the c-indices over the folds; NaN unless every fold has one."""
+    return {f"{c}_fold_mean": np.mean([fold[c] for fold in folds], axis=0) for c in ("harrell_c", "uno_c")}
+
+
+def _metrics(
+    table: pd.DataFrame, risk: str, horizons: Sequence[float], counts: Array | None = None
+) -> dict[str, Array]:
     order, time = table[risk].to_numpy(np.float64), table["time"].to_numpy(np.float64)
     brier, reference = table["brier"].to_numpy(np.float64), table["brier_km"].to_numpy(np.float64)
     known = np.isfinite(brier)
@@ -424,7 +444,7 @@ def _summary(judged: Mapping[str, _Judged]) -> pd.DataFrame:
     for name, one in judged.items():
         for metric, value in one.figures.items():
             of_seeds = [float(seed[metric][0]) for seed in one.seeds]
-            low, high = _interval(one.draws[metric], -np.inf if "skill" in metric else 0, 1)
+            low, high = interval(one.draws[metric], -np.inf if "skill" in metric else 0, 1)
             figure = (name, metric, float(value[0]), low, high, one.patients(metric), one.kind, "")
             spread = (np.mean(of_seeds), np.min(of_seeds), np.max(of_seeds))
             rows.append((*figure, np.nan, np.nan, "", len(of_seeds), *spread))
@@ -436,12 +456,6 @@ def _summary(judged: Mapping[str, _Judged]) -> pd.DataFrame:
         if len(part := _differences(name, one, _compared(name, judged), metric))
     ]
     return pd.concat([summary, *differences], ignore_index=True)
-
-
-def _interval(draws: Array, least: float, most: float) -> tuple[float, float]:
-    """Return the interval of a figure that lies between these: wider draws may lie beyond."""
-    low, high = np.clip(interval(draws), least, most)
-    return float(low), float(high)
 
 
 def _compared(name: str, judged: Mapping[str, _Judged]) -> dict[str, _Judged]:
@@ -456,7 +470,7 @@ def _differences(name: str, one: _Judged, others: Mapping[str, _Judged], metric:
     for other, it in others.items():
         value = float(one.figures[metric][0] - it.figures[metric][0])
         draws = one.draws[metric] - it.draws[metric]
-        low, high = _interval(draws, *((-np.inf, np.inf) if "skill" in metric else (-1, 1)))
+        low, high = interval(draws, *((-np.inf, np.inf) if "skill" in metric else (-1, 1)))
         rows.append((name, metric, value, low, high, one.patients(metric), one.kind, other, _p_value(value, draws)))
     table = pd.DataFrame(rows, columns=_SUMMARY[:9])
     table["p_holm"] = holm(table["p"])

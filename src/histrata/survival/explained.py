@@ -40,7 +40,7 @@ class Explained:
         placed = [_is_embedding(path) or _has_places(path, slide) for path, slide in files]
         self.slides = slides[np.array(placed, bool)]
         self.found: dict[str, tuple[Path, str, pd.DataFrame, str]] = {}
-        if others := sum(_is_named_so(path) and not _is_embedding(path) for path, _ in files):
+        if others := sum(_is_named_so(path) and not found for (path, _), found in zip(files, placed, strict=True)):
             log.warning("%d slide(s) were not embedded by Histrata; no risk is told of their instances.", others)
 
     def __call__(self, method: str, fold: str, models: Sequence[SurvivalModel], patients: Sequence[str]) -> None:

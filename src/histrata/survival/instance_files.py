@@ -37,8 +37,9 @@ from anndata.io import read_elem, sparse_dataset
 from numpy.typing import NDArray
 
 from histrata.errors import TableError, quoted
+from histrata.files import separator
 from histrata.survival.instances import Source, rows_at_once
-from histrata.survival.text import ids_of, read_lines, separator, tell
+from histrata.survival.text import ids_of, read_lines, tell
 
 log = logging.getLogger(__name__)
 

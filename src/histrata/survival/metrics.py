@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import chi2
 
 Array = NDArray[np.float64]
+Weights = Callable[[ArrayLike], Array]
 
 TAU_PERCENTILE = 80
 _GRID = 100
@@ -131,7 +132,7 @@ def horizon(time: ArrayLike, event: ArrayLike) -> float:
     return float(np.percentile(observed, TAU_PERCENTILE)) if len(observed) else float("nan")
 
 
-def censoring_weights(time: ArrayLike, event: ArrayLike) -> Callable[[ArrayLike], Array]:
+def censoring_weights(time: ArrayLike, event: ArrayLike) -> Weights:
     """Weigh by 1 / G(t), G the Kaplan-Meier estimate of P(C > t), the probability to be uncensored after t.
 
     Parameters
@@ -155,19 +156,20 @@ def censoring_weights(time: ArrayLike, event: ArrayLike) -> Callable[[ArrayLike]
     return weights
 
 
-def uno_weights(time: ArrayLike, event: ArrayLike, train_time: ArrayLike, train_event: ArrayLike, tau: float) -> Array:
+def uno_weights(time: ArrayLike, event: ArrayLike, weights: Weights, tau: float) -> Array:
     """Return 1 / G(t)^2 of each patient with an event before tau, 0 of the others (Uno et al. 2011).
 
-    G is positive before tau, since a training patient with an event at tau or later is still there.
+    `weights` are the `censoring_weights` of the training patients. G is positive before tau, since one of them with an
+    event at tau or later is still there.
     """
     t = np.asarray(time, np.float64)
-    return np.where(np.asarray(event, bool) & (t < tau), censoring_weights(train_time, train_event)(t) ** 2, 0.0)
+    return np.where(np.asarray(event, bool) & (t < tau), weights(t) ** 2, 0.0)
 
 
-def case_weights(time: ArrayLike, event: ArrayLike, train_time: ArrayLike, train_event: ArrayLike, at: float) -> Array:
+def case_weights(time: ArrayLike, event: ArrayLike, weights: Weights, at: float) -> Array:
     """Return 1 / G(t) of each patient with an event up to the time `at`, 0 of the others (Uno et al. 2007)."""
     t = np.asarray(time, np.float64)
-    return np.where(np.asarray(event, bool) & (t <= at), censoring_weights(train_time, train_event)(t), 0.0)
+    return np.where(np.asarray(event, bool) & (t <= at), weights(t), 0.0)
 
 
 def brier_grid(tau: float) -> Array:
@@ -175,15 +177,7 @@ def brier_grid(tau: float) -> Array:
     return (np.arange(_GRID) + 0.5) / _GRID * (tau if np.isfinite(tau) else 0.0)
 
 
-def brier_scores(
-    time: ArrayLike,
-    event: ArrayLike,
-    survival: Array,
-    *,
-    train_time: ArrayLike,
-    train_event: ArrayLike,
-    tau: float,
-) -> Array:
+def brier_scores(time: ArrayLike, event: ArrayLike, survival: Array, *, weights: Weights, tau: float) -> Array:
     """Return what each patient adds to the integrated Brier score, float64 (n,) (Graf et al. 1999).
 
     At each time u: S(u)^2 / G(t) after the patient's event, (1 - S(u))^2 / G(u) while free of it, and 0
@@ -195,15 +189,15 @@ def brier_scores(
         (n,).
     survival
         (n, 100): predicted at those midpoints.
-    train_time, train_event
-        The patients that G is estimated from.
+    weights
+        `censoring_weights` of the training patients.
     tau
         End of the time looked at; without one the scores are NaN.
     """
     t = np.asarray(time, np.float64)
     if not tau > 0:
         return np.full(len(t), np.nan)
-    grid, weights = brier_grid(tau), censoring_weights(train_time, train_event)
+    grid = brier_grid(tau)
     # torchsurv refuses patients of whom none had the event, so one goes along who counts nothing.
     score = _torchsurv().BrierScore()
     score(
@@ -304,12 +298,12 @@ def draw_patients(n: int, replicates: int, seed: int) -> Array:
     return rng.multinomial(n, np.full(n, 1 / n), size=replicates).astype(np.float64)
 
 
-def interval(values: Array) -> tuple[float, float]:
-    """Middle 95 % of the draws; NaN where most of them are undefined."""
+def interval(values: Array, least: float, most: float) -> tuple[float, float]:
+    """Middle 95 % of the draws of a figure that lies between these; NaN where most of them are undefined."""
     known = values[np.isfinite(values)]
     if len(known) <= len(values) / 2:
         return float("nan"), float("nan")
-    low, high = np.percentile(known, [2.5, 97.5])
+    low, high = np.clip(np.percentile(known, [2.5, 97.5]), least, most)
     return float(low), float(high)
 
 

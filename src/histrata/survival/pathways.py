@@ -18,7 +18,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histrata.errors import TableError, quoted
-from histrata.survival.text import open_text, separator, tell
+from histrata.files import separator
+from histrata.survival.text import open_text, tell
 
 log = logging.getLogger(__name__)
 

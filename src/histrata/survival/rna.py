@@ -17,7 +17,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histrata.errors import TableError, quoted
-from histrata.survival.text import ids_of, read_lines, separator, tell
+from histrata.files import separator
+from histrata.survival.text import ids_of, read_lines, tell
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from histrata.errors import TableError, quoted
+from histrata.files import separator
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +44,6 @@ def ids_of(column: pd.Series) -> tuple[pd.Series, NDArray[np.bool_]]:
         column = column.astype("Int64")
     empty = column.isna() | (column.astype(str).str.strip() == "")
     return column.astype(object).where(~empty, "").astype(str), empty.to_numpy(bool)
-
-
-def separator(path: Path) -> str:
-    """Return what separates the cells of a text table, by its name."""
-    return "," if path.name.lower().removesuffix(".gz").endswith(".csv") else "\t"
 
 
 def read_lines(path: Path, n: int) -> list[list[str]]:
