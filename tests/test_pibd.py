@@ -600,6 +600,8 @@ def test_noise_gives_no_signal():
     assert figures["ci_low"].le(0.5).all(), figures
     assert figures["ci_high"].ge(0.5).all(), figures
     assert (figures["ci_high"] - figures["ci_low"] < 0.25).all()
+    # Three standard errors of a c-index of 200 patients.
+    assert (figures.loc[figures["metric"] == "harrell_c", "mean"] - 0.5).abs().max() < 0.09
 
 
 # --- unsupervised prototypes ----------------------------------------------------------------------

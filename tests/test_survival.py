@@ -331,7 +331,10 @@ def pooled(result, method, metric="harrell_c"):
 def test_a_planted_signal_is_found(inputs):
     cohort = read_cohort(*inputs)
     result = evaluate_survival(cohort, folds_of(cohort), methods_of(cohort), replicates=300)
-    assert pooled(result, "mean_pool")["ci_low"] > 0.5
+    found = pooled(result, "mean_pool")
+    assert found["ci_low"] > 0.5
+    # For these models alone, without the allowance for other training patients (1.5 times for five folds).
+    assert found["mean"] - (found["mean"] - found["ci_low"]) / 1.5 > 0.55
     assert pooled(result, "mean_pool", "uno_c")["mean"] > 0.65
     assert pooled(result, "cox")["mean"] > pooled(result, "covariates")["mean"]
     error = "integrated_brier"
